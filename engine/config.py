@@ -1,0 +1,165 @@
+"""Frozen settings, checked when they are made. Nothing here reads the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from engine.errors import ConfigError
+
+Pairing = Literal["half", "interleaved"]
+Activation = Literal["gelu", "gelu_tanh"]
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A RoPE GPT-2, with everything that the shapes of its tensors cannot tell.
+
+    The network is GPT-2's: pre-norm, LayerNorm, one attention and one MLP per layer, in sequence.
+
+    vocab_size: ids that a token has; padded_vocab_size: rows of the embedding (>= vocab_size).
+    max_position: trained context, in tokens.
+    rotary_dim: how many of head_dim's dimensions are rotated (even; the first ones).
+    rope_base: inv_freq_i = rope_base^(-2i / rotary_dim)   (Su et al. 2021, arXiv 2104.09864, 3.2.2).
+    pairing: which dimensions of a stored checkpoint rotate together: `half` is (i, i + rotary_dim/2),
+    `interleaved` is (2i, 2i + 1). Inside the engine there is only `half`.
+    """
+
+    vocab_size: int
+    padded_vocab_size: int
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+    intermediate_size: int
+    max_position: int
+    rotary_dim: int
+    rope_base: float = 10_000.0
+    pairing: Pairing = "half"
+    activation: Activation = "gelu"
+    norm_eps: float = 1e-5
+    bias: bool = True
+    tie_embeddings: bool = True
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "num_heads", "hidden_size", "intermediate_size"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("padded_vocab_size", self.padded_vocab_size, self.vocab_size)
+        _at_least("max_position", self.max_position, 2)
+        _at_least("rotary_dim", self.rotary_dim, 2)
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}"
+            )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ConfigError(
+                f"rotary_dim must be even and at most head_dim ({self.head_dim}), got {self.rotary_dim}"
+            )
+        if not self.rope_base > 1:
+            raise ConfigError(f"rope_base must be greater than 1, got {self.rope_base}")
+        if not self.norm_eps > 0:
+            raise ConfigError(f"norm_eps must be positive, got {self.norm_eps}")
+        _one_of("pairing", self.pairing, get_args(Pairing))
+        _one_of("activation", self.activation, get_args(Activation))
+        for name in ("bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
+            raise ConfigError(
+                f"eos_token_id must be below vocab_size ({self.vocab_size}), got {self.eos_token_id}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Build from a config.json; an unknown or missing key is a ConfigError."""
+        known = {f.name for f in fields(cls)}
+        optional = {
+            "rope_base",
+            "pairing",
+            "activation",
+            "norm_eps",
+            "bias",
+            "tie_embeddings",
+            "eos_token_id",
+        }
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(
+                f"unknown model settings: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        if missing := sorted(known - optional - values.keys()):
+            raise ConfigError(f"missing model settings: {', '.join(missing)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The pages. kv_memory: bytes for keys and values; None: enough for max_num_seqs contexts, but
+    at most half of the memory that is free."""
+
+    block_size: int = 64
+    kv_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (16, 32, 64):
+            raise ConfigError(f"block_size must be 16, 32 or 64, got {self.block_size}")
+        if self.kv_memory is not None:
+            _at_least("kv_memory", self.kv_memory, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The step. max_num_seqs: requests that run at once; max_num_batched_tokens: tokens in a step."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that an engine is made from.
+
+    model_dir: a model directory; threads: CPU threads of the engine, None: one per core;
+    unused_token_ids: ids below vocab_size that the tokenizer does not have; they are never sampled.
+    """
+
+    model_dir: str
+    device: Device = "auto"
+    dtype: DType = "auto"
+    threads: int | None = None
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    unused_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, get_args(Device))
+        _one_of("dtype", self.dtype, get_args(DType))
+        if self.threads is not None:
+            _at_least("threads", self.threads, 1)

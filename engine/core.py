@@ -1,0 +1,254 @@
+"""EngineCore: a model, its pages, a scheduler; step() after step(). And its process's loop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+import zmq
+
+from engine.config import CacheConfig, DType, EngineConfig, ModelConfig, SchedulerConfig
+from engine.errors import ConfigError, RopewayError
+from engine.execution.runner import InputBatch, ModelRunner
+from engine.execution.sampler import Sampler
+from engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineOutput,
+    EngineReady,
+    EngineStats,
+    FromCore,
+    Hello,
+    StepOutput,
+    ToCore,
+)
+from engine.model.attention.base import KVCache
+from engine.model.attention.cpu import select_backend
+from engine.model.linear import pack
+from engine.model.loader import load_model, read_config
+from engine.model.rope import RotaryTable
+from engine.request import Request
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.scheduler import Scheduler
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch finds no CUDA device; use cpu or auto")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype == "auto":
+        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def num_cache_blocks(
+    model: ModelConfig,
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Pages that the memory budget holds. Raises ConfigError where it does not hold one."""
+    size = KVCache.bytes_per_block(model, cache.block_size, dtype)
+    if cache.kv_memory is not None:
+        if cache.kv_memory < size:
+            raise ConfigError(
+                f"kv_memory must hold at least one page of {cache.block_size} tokens "
+                f"({size} bytes), got {cache.kv_memory}"
+            )
+        return cache.kv_memory // size
+    per_sequence = -(-model.max_position // cache.block_size)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    return max(1, min(scheduler.max_num_seqs * per_sequence, free // 2 // size))
+
+
+class EngineCore:
+    """The engine without its process: add, abort, step."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model and take the memory. Raises CheckpointError or ConfigError."""
+        directory = Path(config.model_dir)
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        model_config = read_config(directory)
+        block_size = config.cache.block_size
+        num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
+        model = load_model(directory, dtype, device)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        if device.type == "cpu":
+            pack(model)
+        cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
+        table = RotaryTable.for_model(model.config).to(device)
+        backend = select_backend(device)(model.config, table, cache)
+        self._pool = BlockPool(num_blocks, block_size)
+        self._scheduler = Scheduler(config.scheduler, self._pool)
+        batch = InputBatch(
+            config.scheduler.max_num_seqs, self._pool.blocks_for(model_config.max_position)
+        )
+        sampler = Sampler(model_config.vocab_size, config.unused_token_ids)
+        self._runner = ModelRunner(model, backend, sampler, batch)
+        self._runner.warm_up((1, 2, 8, 64))
+        self.ready = EngineReady(
+            model=directory.resolve().name,
+            num_parameters=num_parameters,
+            device=device.type,
+            dtype=str(dtype).removeprefix("torch."),
+            attention=backend.name,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_bytes=num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype),
+            max_position=model_config.max_position,
+            eos_token_id=model_config.eos_token_id,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            threads=torch.get_num_threads(),
+        )
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step would have work."""
+        return self._scheduler.has_unfinished
+
+    @property
+    def stats(self) -> EngineStats:
+        """Gauges and counters as they stand."""
+        return self._scheduler.stats
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request that admission has let in."""
+        self._scheduler.add(
+            Request(
+                message.request_id,
+                message.prompt_token_ids,
+                message.params,
+                seed=message.seed,
+                max_tokens=message.max_tokens,
+                stop_token_ids=frozenset(message.stop_token_ids),
+                output_token_ids=message.output_token_ids,
+                choice=message.choice,
+            )
+        )
+
+    def abort(self, request_id: str) -> None:
+        """Free a request's pages now; unknown ids are no error."""
+        self._scheduler.abort(request_id)
+
+    def step(self) -> list[EngineOutput]:
+        """Schedule, execute, update."""
+        step = self._scheduler.schedule()
+        sampled = self._runner.execute(step)
+        return self._scheduler.update(step, sampled)
+
+
+class EngineLoop:
+    """Serves an EngineCore to frontends over ZeroMQ, one message per step and frontend."""
+
+    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes]) -> None:
+        """socket: a bound ROUTER."""
+        self._core = core
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToCore)
+        self._workers: set[bytes] = set()
+        self._owner: dict[str, bytes] = {}  # request id -> the frontend that asked
+
+    def run(self, parent: int) -> None:
+        """Until the file descriptor `parent` reaches its end: then whoever started us is gone."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(parent, zmq.POLLIN)
+        while True:
+            events = dict(poller.poll(0 if self._core.has_unfinished else None))
+            if parent in events:
+                return
+            changed = self._socket in events and self._receive()
+            if self._core.has_unfinished:
+                self._publish(self._core.step())
+            elif changed:
+                self._publish([])
+
+    def _receive(self) -> bool:
+        """Take every message that waits."""
+        while True:
+            try:
+                worker, content = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            match self._decoder.decode(content):
+                case AddRequest() as message:
+                    self._owner[message.request_id] = worker
+                    self._core.add(message)
+                case AbortRequest(request_id):
+                    self._owner.pop(request_id, None)
+                    self._core.abort(request_id)
+                case Hello():
+                    self._workers.add(worker)
+                    self._send(worker, self._core.ready)
+
+    def _publish(self, outputs: list[EngineOutput]) -> None:
+        by_worker: dict[bytes, list[EngineOutput]] = defaultdict(list)
+        for output in outputs:
+            by_worker[self._owner[output.request_id]].append(output)
+            if output.finish_reason is not None:
+                del self._owner[output.request_id]
+        stats = self._core.stats
+        targets = by_worker if outputs else dict.fromkeys(self._workers)
+        for worker in targets:
+            self._send(worker, StepOutput(by_worker[worker], stats))
+
+    def _send(self, worker: bytes, message: FromCore) -> None:
+        try:
+            self._socket.send_multipart([worker, self._encoder.encode(message)])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._lose(worker)
+
+    def _lose(self, worker: bytes) -> None:
+        """A frontend is gone: nobody wants its requests any more."""
+        self._workers.discard(worker)
+        for request_id in [key for key, owner in self._owner.items() if owner == worker]:
+            del self._owner[request_id]
+            self._core.abort(request_id)
+
+
+def main() -> int:
+    """The engine process: configuration on standard input, requests at the address in argv[1]."""
+    # The server drains on Ctrl-C and then closes our standard input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            core = EngineCore(config)
+        except RopewayError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        socket.bind(sys.argv[1])
+        EngineLoop(core, socket).run(sys.stdin.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

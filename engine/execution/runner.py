@@ -1,0 +1,133 @@
+"""Carries out a step: batch tensors, the pages, the network, the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.execution.sampler import Sampler
+from engine.messages import SampledToken, ScheduledRequest, SchedulerOutput
+from engine.model.attention.base import AttentionBackend, AttentionMetadata
+from engine.model.gpt2 import GPT2
+from engine.request import Request
+
+
+class InputBatch:
+    """The block tables of the running requests, kept between steps, one row each.
+
+    A row is extended by what its request gained since the last step, so that a step's work does not
+    grow with the context.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
+        """max_blocks: blocks of the longest request."""
+        self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.bases: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.num_blocks: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
+        self._rows: dict[str, int] = {}
+        self._free = list(range(max_num_seqs))
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Give the rows of finished, aborted and preempted requests back."""
+        for request_id in request_ids:
+            row = self._rows.pop(request_id, None)
+            if row is not None:
+                self._free.append(row)
+
+    def row(self, request: Request) -> int:
+        """The request's row, brought up to date."""
+        row = self._rows.get(request.request_id)
+        if row is None:
+            row = self._rows[request.request_id] = self._free.pop()
+            self.num_blocks[row] = 0
+        known, total = self.num_blocks[row], len(request.block_table)
+        if known < total:
+            self.block_tables[row, known:total] = request.block_table[known:]
+            self.bases[row, known:total] = request.bases[known:]
+            self.num_blocks[row] = total
+        return row
+
+
+class ModelRunner:
+    """Executes SchedulerOutputs, one after the other."""
+
+    def __init__(
+        self,
+        model: GPT2,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        batch: InputBatch,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._sampler = sampler
+        self._batch = batch
+        self._block_size = backend.cache.block_size
+        self._device = model.embedding.weight.device
+
+    def execute(self, step: SchedulerOutput) -> list[SampledToken]:
+        """Compute the step's tokens; one sampled token for each request that samples, in order."""
+        self._batch.release(step.released)
+        for request_id in step.released:
+            self._sampler.forget(request_id)
+        if not step.scheduled:
+            return []
+        token_ids, metadata = self._inputs(step.scheduled)
+        sampling = [at for at, item in enumerate(step.scheduled) if item.samples]
+        with torch.inference_mode():
+            hidden = self._model(token_ids, self._backend.bind(metadata))
+            if not sampling:
+                return []
+            last = metadata.query_start[1:][sampling] - 1
+            logits = self._model.logits(hidden[last]).float().cpu()
+            return self._sampler.sample(logits, [step.scheduled[at].request for at in sampling])
+
+    def warm_up(self, num_rows: Sequence[int]) -> None:
+        """Run the network once for each number of rows, so that no request pays for first calls.
+
+        It writes to block 0, which must be free.
+        """
+        for rows in num_rows:
+            count = min(rows, self._block_size)
+            metadata = AttentionMetadata(
+                query_start=self._tensor(np.array([0, count], np.int32)),
+                positions=self._tensor(np.arange(count, dtype=np.int32)),
+                slot_mapping=self._tensor(np.arange(count, dtype=np.int64)),
+                block_tables=self._tensor(np.zeros((1, 1), np.int32)),
+                bases=self._tensor(np.zeros((1, 1), np.int32)),
+                num_blocks=self._tensor(np.ones(1, np.int32)),
+            )
+            token_ids = torch.zeros(count, dtype=torch.int64, device=self._device)
+            with torch.inference_mode():
+                self._model.logits(self._model(token_ids, self._backend.bind(metadata)))
+
+    def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionMetadata]:
+        token_ids: list[int] = []
+        for item in scheduled:
+            token_ids += item.request.token_ids[item.start : item.start + item.num_tokens]
+        rows = np.array([self._batch.row(item.request) for item in scheduled])
+        starts = np.array([item.start for item in scheduled])
+        counts = np.array([item.num_tokens for item in scheduled])
+        query_start = np.zeros(len(scheduled) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        num_rows = int(query_start[-1])
+        positions = np.arange(num_rows) + np.repeat(starts - query_start[:-1], counts)
+        blocks = self._batch.block_tables[np.repeat(rows, counts), positions // self._block_size]
+        slots = blocks.astype(np.int64) * self._block_size + positions % self._block_size
+        widest = int(self._batch.num_blocks[rows].max())
+        metadata = AttentionMetadata(
+            query_start=self._tensor(query_start),
+            positions=self._tensor(positions.astype(np.int32)),
+            slot_mapping=self._tensor(slots),
+            block_tables=self._tensor(self._batch.block_tables[rows, :widest]),
+            bases=self._tensor(self._batch.bases[rows, :widest]),
+            num_blocks=self._tensor(self._batch.num_blocks[rows]),
+        )
+        return torch.tensor(token_ids, dtype=torch.int64, device=self._device), metadata
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

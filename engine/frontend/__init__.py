@@ -1,0 +1,1 @@
+"""The HTTP process's half of the engine; no PyTorch."""

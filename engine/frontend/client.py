@@ -1,0 +1,238 @@
+"""AsyncEngine: the HTTP process's end of the engine. Tokenise, admit, stream, abort."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from engine.errors import EngineDead, EngineError, EngineStartError, QueueFull
+from engine.frontend.admission import Admission, Usage
+from engine.frontend.output import OutputProcessor, TokenDelta
+from engine.frontend.tokenizer import Tokenizer
+from engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineOutput,
+    EngineReady,
+    EngineStats,
+    FromCore,
+    Hello,
+    StepOutput,
+    ToCore,
+)
+from engine.request import FinishReason, SamplingParams
+
+
+@dataclass(slots=True)
+class Timing:
+    """Moments of a request, in seconds after it was submitted; None until they happen."""
+
+    queue: float | None = None
+    first_token: float | None = None
+    total: float | None = None
+
+
+class Stream:
+    """The tokens of one request as they come: `async for deltas in stream`.
+
+    Each step of the loop yields every token that came since the last one, so a slow reader gets
+    fewer, larger pieces. After the loop finish_reason, usage and timing are settled. If the engine
+    dies, the tokens that came are yielded and then EngineDead is raised. Leaving early must be
+    followed by close(), which frees the request's pages; `async with` does so.
+    """
+
+    def __init__(
+        self, request: AddRequest, tokenizer: Tokenizer, close: Callable[[Stream], None]
+    ) -> None:
+        self.request_id = request.request_id
+        self.prompt_token_ids = request.prompt_token_ids
+        self.seed = request.seed
+        self.timing = Timing()
+        self._output = OutputProcessor(tokenizer, request.params, frozenset(request.stop_token_ids))
+        self._submitted = time.monotonic()
+        self._waiting: list[TokenDelta] = []
+        self._news = asyncio.Event()
+        self._error: EngineError | None = None
+        self._close = close
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the output is complete; None while it is not."""
+        return self._output.finish_reason
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(len(self.prompt_token_ids), self._output.num_tokens)
+
+    def close(self) -> None:
+        """Abort, unless the request has ended."""
+        self._close(self)
+
+    def deliver(self, output: EngineOutput) -> None:
+        """Take a token from the engine."""
+        now = time.monotonic() - self._submitted
+        if self.timing.first_token is None:
+            self.timing.first_token = now
+            self.timing.queue = output.queue_seconds
+        self._waiting.append(self._output.process(output))
+        if self.finish_reason is not None:
+            self.timing.total = now
+        self._news.set()
+
+    def fail(self, error: EngineError) -> None:
+        """End the stream by an error."""
+        self._error = error
+        self._news.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[TokenDelta]:
+        while not self._waiting:
+            if self.finish_reason is not None:
+                raise StopAsyncIteration
+            if self._error is not None:
+                raise self._error
+            self._news.clear()
+            await self._news.wait()
+        deltas, self._waiting = self._waiting, []
+        return deltas
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncEngine:
+    """A connection to the engine process, for one event loop.
+
+    max_queue: requests that may wait beyond those that run.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, address: str, *, max_queue: int) -> None:
+        """address: where the engine process listens, a ZeroMQ endpoint."""
+        self.tokenizer = tokenizer
+        self.ready: EngineReady | None = None
+        self.stats = EngineStats()
+        self._address = address
+        self._max_queue = max_queue
+        self._streams: dict[str, Stream] = {}
+        self._admission: Admission | None = None
+        self._error: EngineError | None = None
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromCore)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine has not failed; it may still be starting."""
+        return self._error is None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Streams that are open in this process."""
+        return len(self._streams)
+
+    async def start(self, exited: Callable[[], int | None]) -> EngineReady:
+        """Connect and wait until the model is loaded.
+
+        exited: the engine process's exit status, None while it lives. Raises EngineStartError.
+        """
+        self._socket.connect(self._address)
+        self._send(Hello())
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        while self.ready is None:
+            if (status := exited()) is not None:
+                self.fail(EngineStartError(f"the engine process ended with status {status}"))
+            if self._error is not None:
+                raise self._error
+            await asyncio.sleep(0.02)
+        return self.ready
+
+    def submit(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Stream:
+        """Start a request. Raises RequestError, QueueFull, EngineStartError or EngineDead."""
+        if self._error is not None:
+            raise self._error
+        if self._admission is None or self.ready is None:
+            raise EngineStartError("the engine is still starting")
+        limit = self.ready.max_num_seqs + self._max_queue
+        if len(self._streams) >= limit:
+            raise QueueFull(
+                f"{len(self._streams)} requests run or wait; the limit is {limit} "
+                f"(max_num_seqs {self.ready.max_num_seqs} + max_queue {self._max_queue})"
+            )
+        if request_id in self._streams:
+            raise ValueError(f"request id {request_id} is in use")
+        request = self._admission.admit(request_id, prompt, params)
+        stream = Stream(request, self.tokenizer, self._close_stream)
+        self._streams[request_id] = stream
+        self._send(request)
+        return stream
+
+    async def close(self) -> None:
+        """Hang up. Open streams fail."""
+        self.fail(EngineDead("the engine was shut down"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+        self._context.term()
+
+    def fail(self, error: EngineError) -> None:
+        """Note that the engine is gone; every open stream ends by the error."""
+        self._error = self._error or error
+        for stream in self._streams.values():
+            stream.fail(self._error)
+        self._streams.clear()
+
+    def _close_stream(self, stream: Stream) -> None:
+        if self._streams.pop(stream.request_id, None) is not None:
+            self._send(AbortRequest(stream.request_id))
+
+    def _send(self, message: ToCore) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    async def _receive(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._socket.recv())
+            if isinstance(message, StepOutput):
+                self.stats = message.stats
+                for output in message.outputs:
+                    self._deliver(output)
+            else:
+                self.ready = message
+                self._admission = Admission(self.tokenizer, message)
+
+    def _deliver(self, output: EngineOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:  # aborted while this output was under way
+            return
+        stream.deliver(output)
+        if stream.finish_reason is not None:
+            del self._streams[output.request_id]
+            if output.finish_reason is None:  # a stop string, which only this side knows of
+                self._send(AbortRequest(output.request_id))
+
+    async def _watch(self) -> None:
+        """The system closes a dead process's connections at once."""
+        await recv_monitor_message(self._monitor)
+        self.fail(EngineDead("the engine process died"))

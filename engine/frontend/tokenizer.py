@@ -1,0 +1,113 @@
+"""Text to token ids and back, by a tiktoken encoding built from local files."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from engine.errors import TokenizerError
+
+RANKS_FILE = "tokenizer.tiktoken"
+CONFIG_FILE = "tokenizer_config.json"
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Lines of `base64(token) rank`, as tiktoken publishes them."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise TokenizerError(
+                f"{path}:{number}: expected `base64 rank`, got {line!r}"
+            ) from error
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise TokenizerError(
+            f"{path}: {len(missing)} single bytes have no rank, first {missing[0]}"
+        )
+    return ranks
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("pattern"), str):
+        raise TokenizerError(f"{path}: needs a text `pattern`, the regular expression of the split")
+    return config
+
+
+class Tokenizer:
+    """A byte-level BPE. Text of special tokens in a prompt is text, nothing more."""
+
+    def __init__(
+        self, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
+    ) -> None:
+        """pattern: the split; ranks: token -> id and priority; special_tokens: name -> id.
+
+        Raises TokenizerError where tiktoken refuses them or two tokens share an id.
+        """
+        ids = [*ranks.values(), *special_tokens.values()]
+        if len(set(ids)) != len(ids):
+            raise TokenizerError("two tokens of the tokenizer share an id")
+        self.special_tokens = dict(special_tokens)
+        self._special_ids = frozenset(special_tokens.values())
+        self._ids = frozenset(ids)
+        try:
+            self._encoding = tiktoken.Encoding(
+                "ropeway",
+                pat_str=pattern,
+                mergeable_ranks=dict(ranks),
+                special_tokens=dict(special_tokens),
+            )
+        except ValueError as error:
+            raise TokenizerError(f"the tokenizer cannot be built: {error}") from error
+        self.longest_token = max(map(len, ranks))
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """The tokenizer of a model directory. Raises TokenizerError, naming the file."""
+        path = directory / RANKS_FILE
+        if not path.is_file():
+            raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
+        config = _read_config(directory / CONFIG_FILE)
+        return cls(config["pattern"], _read_ranks(path), config.get("special_tokens", {}))
+
+    def __len__(self) -> int:
+        """One more than the highest id."""
+        return max(self._ids) + 1
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._ids
+
+    @cached_property
+    def unused_ids(self) -> list[int]:
+        """Ids below the highest that no token has."""
+        return [token_id for token_id in range(len(self)) if token_id not in self._ids]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. A lone surrogate, which UTF-8 cannot hold, is a UnicodeEncodeError."""
+        text.encode("utf-8")
+        return self._encoding.encode_ordinary(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token; nothing for a special one. KeyError where no token has the id."""
+        if token_id in self._special_ids:
+            return b""
+        return self._encoding.decode_single_token_bytes(token_id)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")

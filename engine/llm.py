@@ -1,0 +1,144 @@
+"""LLM: the engine in this process, for offline batches and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.core import EngineCore
+from engine.errors import InvalidRequest
+from engine.frontend.admission import Admission, Usage
+from engine.frontend.output import OutputProcessor, TokenDelta
+from engine.frontend.tokenizer import Tokenizer
+from engine.messages import AddRequest, EngineReady, EngineStats, TokenLogprobs
+from engine.request import FinishReason, SamplingParams
+
+
+@dataclass(slots=True)
+class Completion:
+    """What one prompt led to."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens taken."""
+        return Usage(len(self.prompt_token_ids), len(self.token_ids))
+
+
+class LLM:
+    """An engine to call. Not for several threads at once."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        device: Device = "auto",
+        dtype: DType = "auto",
+        kv_memory: int | None = None,
+        *,
+        threads: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        block_size: int = 64,
+    ) -> None:
+        """kv_memory: bytes for the cache. Raises CheckpointError, TokenizerError or ConfigError."""
+        self.tokenizer = Tokenizer.from_directory(Path(model_dir))
+        self._core = EngineCore(
+            EngineConfig(
+                model_dir=str(model_dir),
+                device=device,
+                dtype=dtype,
+                threads=threads,
+                cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
+                scheduler=SchedulerConfig(
+                    max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                ),
+                unused_token_ids=tuple(self.tokenizer.unused_ids),
+            )
+        )
+        self._admission = Admission(self.tokenizer, self._core.ready)
+        self._ids = map(str, count())
+
+    @property
+    def info(self) -> EngineReady:
+        """The sizes that were settled."""
+        return self._core.ready
+
+    @property
+    def stats(self) -> EngineStats:
+        """Gauges and counters as they stand."""
+        return self._core.stats
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    ) -> list[Completion]:
+        """Complete every prompt, batched together; results in the order of the prompts.
+
+        params: one for all, or one each. Raises RequestError before anything runs.
+        """
+        if isinstance(prompts, str):
+            raise InvalidRequest("prompts must be a list; for one text pass [text]", "prompts")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise InvalidRequest(f"{len(prompts)} prompts but {len(each)} params", "params")
+        requests = [self._admit(*pair) for pair in zip(prompts, each, strict=True)]
+        completions = {
+            request.request_id: Completion(
+                request.prompt_token_ids, logprobs=_empty(request.params)
+            )
+            for request in requests
+        }
+        for request_id, delta, finish_reason in self._run(requests):
+            completion = completions[request_id]
+            completion.token_ids.append(delta.token_id)
+            completion.text += delta.text
+            completion.finish_reason = finish_reason
+            if completion.logprobs is not None and delta.logprobs is not None:
+                completion.logprobs.append(delta.logprobs)
+        return list(completions.values())
+
+    def stream(
+        self, prompt: str | list[int], params: SamplingParams = SamplingParams()
+    ) -> Iterator[TokenDelta]:
+        """Complete one prompt, token by token. Leaving early aborts."""
+        for _, delta, _ in self._run([self._admit(prompt, params)]):
+            yield delta
+
+    def _admit(self, prompt: str | list[int], params: SamplingParams) -> AddRequest:
+        return self._admission.admit(next(self._ids), prompt, params)
+
+    def _run(
+        self, requests: Sequence[AddRequest]
+    ) -> Iterator[tuple[str, TokenDelta, FinishReason | None]]:
+        """Steps until all have ended; aborts what is left if the caller leaves."""
+        open_outputs: dict[str, OutputProcessor] = {}
+        try:
+            for request in requests:
+                self._core.add(request)
+                open_outputs[request.request_id] = OutputProcessor(
+                    self.tokenizer, request.params, frozenset(request.stop_token_ids)
+                )
+            while open_outputs:
+                for output in self._core.step():
+                    processor = open_outputs[output.request_id]
+                    delta = processor.process(output)
+                    if processor.finish_reason is not None:
+                        del open_outputs[output.request_id]
+                        self._core.abort(output.request_id)
+                    yield output.request_id, delta, processor.finish_reason
+        finally:
+            for request_id in open_outputs:
+                self._core.abort(request_id)
+
+
+def _empty(params: SamplingParams) -> list[TokenLogprobs] | None:
+    return None if params.logprobs is None else []

@@ -1,0 +1,134 @@
+"""What passes between rooms. Between processes it travels as MessagePack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from engine.request import FinishReason, Request, SamplingParams
+
+
+class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Frontend to core: generate.
+
+    The seed and max_tokens are settled at admission, so that a request that is added again (after a
+    crash, with the output_token_ids it had) goes on as if nothing had happened.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_token_ids: list[int]
+    output_token_ids: list[int] = []
+    choice: int = 0
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    """Frontend to core: nobody wants this any more; free its pages."""
+
+    request_id: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Frontend to core: a worker is here; answered with EngineReady."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of the model's own probabilities.
+
+    logprob: of the token that was taken; top: (token id, logprob), likeliest first.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
+    """Core to frontend: what a step gave one request.
+
+    index: stream index of the token. queue_seconds: how long the request waited for its first step,
+    sent with its first token.
+    """
+
+    request_id: str
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    queue_seconds: float | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """The core's gauges and counters, as of the last step."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    """Core to one frontend: one message per step."""
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Core to frontend: the model is loaded and can serve; the sizes that were settled."""
+
+    model: str
+    num_parameters: int
+    device: str
+    dtype: str
+    attention: str
+    num_blocks: int
+    block_size: int
+    kv_bytes: int
+    max_position: int
+    eos_token_id: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    threads: int
+    notes: list[str] = []
+
+
+ToCore = AddRequest | AbortRequest | Hello
+FromCore = StepOutput | EngineReady
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """Compute tokens start .. start + num_tokens - 1 of a request in this step.
+
+    samples: the last of them is the last known token, so a new one follows.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step's work. released: requests whose rows the runner may forget."""
+
+    scheduled: list[ScheduledRequest]
+    released: list[str]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the sampler chose for one request."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None

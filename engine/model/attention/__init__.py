@@ -1,0 +1,1 @@
+"""Attention over pages, one backend per kind of machine."""

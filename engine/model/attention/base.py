@@ -1,0 +1,120 @@
+"""What attention is to the rest of the engine: a callable per step, and a backend that makes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.model.rope import RotaryTable
+
+
+class Attention(Protocol):
+    """What a layer of the network calls."""
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Queries, keys, values [..., 3 * hidden_size], in that order -> [..., hidden_size]."""
+        ...
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The pages of every layer.
+
+    keys[layer]   [num_blocks, num_heads, head_dim, block_size]: a score reads 64 slots at a time
+    values[layer] [num_blocks, num_heads, block_size, head_dim]
+
+    A key is stored rotated by its offset inside its page, and by nothing else. Pages begin as
+    zeros, so a slot that was never written holds a finite number.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
+        """Zeroed pages; on a CPU the system gives their memory only when it is first written."""
+        key_shape = (num_blocks, config.num_heads, config.head_dim, block_size)
+        value_shape = (num_blocks, config.num_heads, block_size, config.head_dim)
+        layers = range(config.num_layers)
+        return cls(
+            keys=tuple(torch.zeros(key_shape, dtype=dtype, device=device) for _ in layers),
+            values=tuple(torch.zeros(value_shape, dtype=dtype, device=device) for _ in layers),
+        )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a page."""
+        return self.keys[0].shape[3]
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Keys and values of one page in all layers, in bytes."""
+        return 2 * config.num_layers * config.hidden_size * block_size * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the rows of a step stand. A row is one token that the step computes.
+
+    query_start  int32 [num_seqs + 1]: rows query_start[s] .. query_start[s + 1] - 1 are sequence s's,
+                 at consecutive positions
+    positions    int32 [num_rows]: the position t of each row in its sequence
+    slot_mapping int64 [num_rows]: where its key and value go, block id * block_size + offset
+    block_tables int32 [num_seqs, max_blocks]: block ids in order of position
+    bases        int32 [num_seqs, max_blocks]: the position b of each block's first slot
+    num_blocks   int32 [num_seqs]: how many entries of the two tables are in use
+
+    Slot o of a block with base b is visible to a row at position t when b + o <= t. All tensors are
+    contiguous and on the device of the cache.
+    """
+
+    query_start: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    bases: Tensor
+    num_blocks: Tensor
+
+
+class AttentionBackend(ABC):
+    """Paged attention over one cache.
+
+    A token's output is a function of its own position and of the cached bytes alone: pages in table
+    order, the query rotated by t - b for each, in float32. It is the same to the bit in a chunk of
+    any size, alone or among others.
+    """
+
+    name: str
+
+    def __init__(self, config: ModelConfig, table: RotaryTable, cache: KVCache) -> None:
+        self.config = config
+        self.table = table
+        self.cache = cache
+
+    @abstractmethod
+    def forward(self, layer: int, qkv: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Store the rows' keys and values, then attend.
+
+        qkv [num_rows, 3 * hidden_size] in the cache's dtype: queries, keys, values, each
+        [num_heads, head_dim]. Returns [num_rows, hidden_size] in the same dtype.
+        """
+
+    def bind(self, metadata: AttentionMetadata) -> Attention:
+        """The attention of one step."""
+
+        def attention(layer: int, qkv: Tensor) -> Tensor:
+            return self.forward(layer, qkv, metadata)
+
+        return attention

@@ -1,0 +1,135 @@
+"""A model directory into a GPT2: strict keys and shapes, checked before any memory is taken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.model.gpt2 import GPT2
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """config.json of a model directory. Raises CheckpointError, naming the key."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    try:
+        return ModelConfig.from_dict(_read_json(directory / CONFIG_FILE))
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the shards that the index names."""
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        return [directory / WEIGHTS_FILE]
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: has no weight_map")
+    files = sorted(set(names.values()))
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
+    return [directory / name for name in files]
+
+
+def _read_tensors(directory: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """All tensors, by name, as stored. Names, shapes and types are checked from the headers first."""
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                for name in names:
+                    _check_header(path, name, file.get_slice(name), expected, found)
+                found |= {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(
+            f"{directory}: {len(missing)} tensors are missing, first {missing[0]}"
+        )
+    for name, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{directory}: tensor {name} holds NaN or infinite values")
+    return found
+
+
+def _check_header(
+    path: Path,
+    name: str,
+    header: Any,  # safetensors' slice; the library has no type for it
+    expected: dict[str, torch.Size],
+    found: dict[str, Tensor],
+) -> None:
+    shape, dtype = list(header.get_shape()), header.get_dtype()
+    if name not in expected:
+        raise CheckpointError(f"{path}: unknown tensor {name}")
+    if name in found:
+        raise CheckpointError(f"{path}: tensor {name} is in another shard too")
+    if shape != list(expected[name]):
+        raise CheckpointError(
+            f"{path}: tensor {name} has shape {shape}; config.json says {list(expected[name])}"
+        )
+    if dtype not in FLOAT_TYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name} has type {dtype}; one of {', '.join(FLOAT_TYPES)} is needed"
+        )
+
+
+def half_split(weight: Tensor, config: ModelConfig) -> Tensor:
+    """Reorder the rotated rows of queries and keys from interleaved pairs to half split.
+
+    weight: qkv's [3 * hidden_size, ...], rows as (q, k, v) x heads x head_dim. Row 2i of a head's
+    rotated part goes to i, row 2i + 1 to i + rotary_dim / 2; scores stay the same.
+    """
+    order = torch.arange(config.head_dim)
+    rotated = order[: config.rotary_dim]
+    order[: config.rotary_dim] = torch.cat((rotated[0::2], rotated[1::2]))
+    heads = weight.view(3, config.num_heads, config.head_dim, *weight.shape[1:]).clone()
+    heads[:2] = heads[:2][:, :, order]
+    return heads.reshape(weight.shape)
+
+
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT2:
+    """The model of a directory, in dtype, on device, ready to run. Raises CheckpointError."""
+    stored = read_config(directory)
+    config = replace(stored, pairing="half")
+    with torch.device("meta"):
+        model = GPT2(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_embeddings:
+        del expected["head.weight"]
+    tensors = _read_tensors(directory, expected)
+    if stored.pairing == "interleaved":
+        for name, tensor in tensors.items():
+            if ".qkv." in name:
+                tensors[name] = half_split(tensor, config)
+    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, strict=not config.tie_embeddings, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.eval().requires_grad_(False)

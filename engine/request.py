@@ -1,0 +1,177 @@
+"""A request: what was asked, and how far it has come."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+from engine.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+SEED_BITS = 64
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request was complete. One that failed or was aborted has no finish reason."""
+
+    STOP = "stop"  # an end token, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is in the scheduler."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose the next token. Checked when made; the defaults leave the model as it is.
+
+    temperature         0 is greedy; otherwise logits are divided by it
+    top_k               keep the k likeliest tokens; 0 keeps all
+    top_p               keep the smallest set of likeliest tokens whose mass reaches p (nucleus)
+    min_p               keep tokens at least min_p times as likely as the likeliest
+    repetition_penalty  divide positive logits of seen tokens by it, multiply negative ones (CTRL,
+                        arXiv 1909.05858); prompt and output count
+    presence_penalty    subtracted once from tokens that the output has
+    frequency_penalty   subtracted per occurrence in the output
+    seed                random numbers are a function of (seed, stream index); None: drawn at admission
+    stop                strings that end the output; they are not part of it
+    stop_token_ids      ids that end the output; they are not part of its text
+    max_tokens          None: as many as the context has room for
+    ignore_eos          go on after the model's end token
+    logprobs            None: none; k: the token's log-probability and the k likeliest (0 to 20)
+
+    Filters apply in the order penalties, temperature, top_k, top_p, min_p. Log-probabilities are the
+    model's own, before any of them.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._within("temperature", self.temperature, 0.0, 100.0)
+        self._within("top_k", self.top_k, 0, None)
+        self._within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        self._within("min_p", self.min_p, 0.0, 1.0)
+        self._within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        self._within("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        self._within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if self.seed is not None:
+            self._within("seed", self.seed, 0, 2**SEED_BITS - 1)
+        if self.max_tokens is not None:
+            self._within("max_tokens", self.max_tokens, 1, None)
+        if self.logprobs is not None:
+            self._within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(
+                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop"
+            )
+        if "" in self.stop:
+            raise InvalidRequest("stop must not hold an empty string", "stop")
+        for token_id in self.stop_token_ids:
+            self._within("stop_token_ids", token_id, 0, None)
+
+    @staticmethod
+    def _within(
+        field: str, value: float, low: float, high: float | None, open_low: bool = False
+    ) -> None:
+        below = value <= low if open_low else value < low
+        if math.isfinite(value) and not below and (high is None or value <= high):
+            return
+        least = f"greater than {low}" if open_low else f"at least {low}"
+        most = "" if high is None else f" and at most {high}"
+        raise InvalidRequest(f"{field} must be {least}{most}, got {value}", field)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever the random numbers say."""
+        return self.temperature == 0.0
+
+
+class Request:
+    """One stream of tokens in the engine. Only the scheduler writes to it.
+
+    token_ids is the prompt and then the output. num_computed_tokens of them have their keys and
+    values in the cache, at the pages of block_table, whose first positions are bases.
+    """
+
+    __slots__ = (
+        "arrival",
+        "bases",
+        "block_table",
+        "choice",
+        "finish_reason",
+        "max_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "request_id",
+        "scheduled",
+        "seed",
+        "status",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        max_tokens: int,
+        stop_token_ids: frozenset[int],
+        output_token_ids: list[int] | None = None,
+        choice: int = 0,
+        arrival: float = 0.0,
+    ) -> None:
+        """output_token_ids: what an earlier engine had generated for this request already.
+
+        arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
+        began.
+        """
+        self.request_id = request_id
+        self.token_ids = prompt_token_ids + (output_token_ids or [])
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.params = params
+        self.seed = seed
+        self.max_tokens = max_tokens
+        self.stop_token_ids = stop_token_ids
+        self.choice = choice
+        self.arrival = arrival
+        self.scheduled: float | None = None
+        self.status = RequestStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.num_computed_tokens = 0
+        self.num_preemptions = 0
+        self.block_table: list[int] = []
+        self.bases: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far: the stream index of the next one."""
+        return len(self.token_ids) - self.num_prompt_tokens

@@ -1,0 +1,218 @@
+"""Which tokens the next step computes. The only writer of Request state.
+
+There is no prefill phase and no decode phase. A request has num_tokens known tokens, of which
+num_computed_tokens are in the cache; a step computes some of the rest, at most
+max_num_batched_tokens over all requests. Chunked prefill, preemption and recovery are that one rule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from engine.config import SchedulerConfig
+from engine.messages import (
+    EngineOutput,
+    EngineStats,
+    SampledToken,
+    ScheduledRequest,
+    SchedulerOutput,
+)
+from engine.request import FinishReason, Request, RequestStatus
+from engine.scheduling.block_pool import BlockPool
+
+
+class Scheduler:
+    """Continuous batching (Yu et al. 2022, Orca) over paged memory (Kwon et al. 2023, vLLM)."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """clock: seconds; for the time that requests wait."""
+        self.config = config
+        self.pool = pool
+        self._clock = clock
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # oldest first
+        self._requests: dict[str, Request] = {}
+        self._released: list[str] = []
+        self._steps = 0
+        self._preemptions = 0
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step would have work."""
+        return bool(self._requests)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Gauges and counters as they stand."""
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            blocks_total=self.pool.num_blocks,
+            blocks_free=self.pool.num_free,
+            steps=self._steps,
+            preemptions=self._preemptions,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Admission has made sure that it fits the cache when alone."""
+        if request.request_id in self._requests:
+            raise ValueError(f"request {request.request_id} is here already")
+        request.arrival = self._clock()
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its pages; one that has ended already is no error."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        self._forget(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step's tokens and give them pages.
+
+        Streams that wait for their next token come before prompts, so that a long prompt takes what
+        they leave of the budget.
+        """
+        self._steps += 1
+        budget = self.config.max_num_batched_tokens
+        scheduled: dict[str, ScheduledRequest] = {}
+        num_running = len(self._running)
+        for request in sorted(self._running, key=_num_uncomputed_beyond_one):
+            if budget == 0:
+                break
+            if request.status is not RequestStatus.RUNNING:  # preempted for an earlier one
+                continue
+            budget += self._make_room(request, scheduled)
+            if request.status is RequestStatus.RUNNING:
+                budget -= self._take(request, budget, scheduled)
+        if len(self._running) == num_running:  # nothing was preempted: there may be room for more
+            self._admit(budget, scheduled)
+        released, self._released = self._released, []
+        chosen = list(scheduled.values())
+        return SchedulerOutput(chosen, released, sum(item.num_tokens for item in chosen))
+
+    def update(self, step: SchedulerOutput, sampled: Sequence[SampledToken]) -> list[EngineOutput]:
+        """Take in what a step computed: `sampled` in the order of the scheduled that sample."""
+        outputs: list[EngineOutput] = []
+        tokens = iter(sampled)
+        for item in step.scheduled:
+            request = item.request
+            request.num_computed_tokens += item.num_tokens
+            if not item.samples:
+                continue
+            token = next(tokens)
+            index = request.num_output_tokens
+            request.token_ids.append(token.token_id)
+            self._output_tokens += 1
+            queue_seconds = None
+            if index == 0 and request.scheduled is not None:
+                self._prompt_tokens += request.num_prompt_tokens
+                queue_seconds = request.scheduled - request.arrival
+            if token.token_id in request.stop_token_ids:
+                request.finish_reason = FinishReason.STOP
+            elif request.num_output_tokens >= request.max_tokens:
+                request.finish_reason = FinishReason.LENGTH
+            if request.finish_reason is not None:
+                self._running.remove(request)
+                self._forget(request)
+            outputs.append(
+                EngineOutput(
+                    request.request_id,
+                    index,
+                    token.token_id,
+                    request.finish_reason,
+                    token.logprobs,
+                    queue_seconds,
+                )
+            )
+        return outputs
+
+    def _admit(self, budget: int, scheduled: dict[str, ScheduledRequest]) -> None:
+        """Start waiting requests, first come first served, while budget, rows and pages last.
+
+        One starts only when all its known tokens have room, so that it is not preempted halfway
+        through its own prompt.
+        """
+        while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
+            request = self._waiting[0]
+            if self._missing_blocks(request) > self.pool.num_free:
+                break
+            self._waiting.popleft()
+            self._running.append(request)
+            request.status = RequestStatus.RUNNING
+            if request.scheduled is None:
+                request.scheduled = self._clock()
+            self._grow(request)
+            budget -= self._take(request, budget, scheduled)
+
+    def _make_room(self, request: Request, scheduled: dict[str, ScheduledRequest]) -> int:
+        """Give a running request its pages, preempting the youngest while they are short.
+
+        Returns the tokens of this step that preemption took back. The request itself may be the one
+        that is preempted. The oldest never is: alone it fits.
+        """
+        refund = 0
+        while self._missing_blocks(request) > self.pool.num_free:
+            victim = self._running.pop()
+            self._preemptions += 1
+            victim.num_preemptions += 1
+            victim.num_computed_tokens = 0
+            victim.status = RequestStatus.WAITING
+            self._release_blocks(victim)
+            self._released.append(victim.request_id)
+            self._waiting.appendleft(victim)
+            if (item := scheduled.pop(victim.request_id, None)) is not None:
+                refund += item.num_tokens
+            if victim is request:
+                return refund
+        self._grow(request)
+        return refund
+
+    def _take(self, request: Request, budget: int, scheduled: dict[str, ScheduledRequest]) -> int:
+        """Schedule as many of the request's tokens as the budget allows; returns how many."""
+        start = request.num_computed_tokens
+        count = min(request.num_tokens - start, budget)
+        samples = start + count == request.num_tokens
+        scheduled[request.request_id] = ScheduledRequest(request, start, count, samples)
+        return count
+
+    def _missing_blocks(self, request: Request) -> int:
+        return self.pool.blocks_for(request.num_tokens) - len(request.block_table)
+
+    def _grow(self, request: Request) -> None:
+        """Extend the block table over all known tokens; each base is where its block begins."""
+        for block_id in self.pool.allocate(self._missing_blocks(request)):
+            request.bases.append(len(request.block_table) * self.pool.block_size)
+            request.block_table.append(block_id)
+
+    def _release_blocks(self, request: Request) -> None:
+        self.pool.release(request.block_table)
+        request.block_table = []
+        request.bases = []
+
+    def _forget(self, request: Request) -> None:
+        request.status = RequestStatus.FINISHED
+        self._release_blocks(request)
+        self._released.append(request.request_id)
+        del self._requests[request.request_id]
+
+
+def _num_uncomputed_beyond_one(request: Request) -> bool:
+    """Sort key: streams that need one token first, prompts and recomputations after."""
+    return request.num_tokens - request.num_computed_tokens > 1
