@@ -21,6 +21,13 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
+def _greater_than(name: str, value: float, bound: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    if not value > bound:
+        raise ConfigError(f"{name} must be greater than {bound}, got {value}")
+
+
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
@@ -35,9 +42,9 @@ class ModelConfig:
     vocab_size: ids that a token has; padded_vocab_size: rows of the embedding (>= vocab_size).
     max_position: trained context, in tokens.
     rotary_dim: how many of head_dim's dimensions are rotated (even; the first ones).
-    rope_base: inv_freq_i = rope_base^(-2i / rotary_dim)   (Su et al. 2021, arXiv 2104.09864, 3.2.2).
-    pairing: which dimensions of a stored checkpoint rotate together: `half` is (i, i + rotary_dim/2),
-    `interleaved` is (2i, 2i + 1). Inside the engine there is only `half`.
+    rope_base: inv_freq_i = rope_base^(-2i / rotary_dim)  (Su et al. 2021, arXiv 2104.09864, 3.2.2).
+    pairing: which dimensions of a stored checkpoint rotate together: in `half`
+    (i, i + rotary_dim / 2), in `interleaved` (2i, 2i + 1). Inside the engine there is only `half`.
     """
 
     vocab_size: int
@@ -64,16 +71,16 @@ class ModelConfig:
         _at_least("rotary_dim", self.rotary_dim, 2)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}"
+                f"hidden_size must be a multiple of num_heads ({self.num_heads}), "
+                f"got {self.hidden_size}"
             )
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ConfigError(
-                f"rotary_dim must be even and at most head_dim ({self.head_dim}), got {self.rotary_dim}"
+                f"rotary_dim must be even and at most head_dim ({self.head_dim}), "
+                f"got {self.rotary_dim}"
             )
-        if not self.rope_base > 1:
-            raise ConfigError(f"rope_base must be greater than 1, got {self.rope_base}")
-        if not self.norm_eps > 0:
-            raise ConfigError(f"norm_eps must be positive, got {self.norm_eps}")
+        _greater_than("rope_base", self.rope_base, 1)
+        _greater_than("norm_eps", self.norm_eps, 0)
         _one_of("pairing", self.pairing, get_args(Pairing))
         _one_of("activation", self.activation, get_args(Activation))
         for name in ("bias", "tie_embeddings"):
@@ -81,7 +88,8 @@ class ModelConfig:
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
             raise ConfigError(
-                f"eos_token_id must be below vocab_size ({self.vocab_size}), got {self.eos_token_id}"
+                f"eos_token_id must be below vocab_size ({self.vocab_size}), "
+                f"got {self.eos_token_id}"
             )
 
     @property
@@ -132,7 +140,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """The step. max_num_seqs: requests that run at once; max_num_batched_tokens: tokens in a step."""
+    """The step: max_num_seqs requests run at once, max_num_batched_tokens tokens are computed."""
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

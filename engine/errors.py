@@ -2,15 +2,17 @@
 
 RopewayError
 ├── ConfigError            a setting that cannot work; names the field, the limit and the value
-├── CheckpointError        a model directory that cannot be loaded; names the file and the tensor or key
+├── CheckpointError        a model directory that cannot be loaded; names the file and the tensor
 ├── TokenizerError         a tokenizer file that cannot be used
 ├── RequestError           the request is at fault; answered with a 4xx
 │   ├── InvalidRequest     a field has a value that no engine could serve
 │   └── ContextOverflow    prompt and output cannot fit the context or the cache
 ├── QueueFull              too many requests wait; answered with a 429
 └── EngineError            the server is at fault; answered with a 5xx
+    ├── EngineStarting     the model is still being loaded
     ├── EngineStartError   the engine process did not become ready
-    └── EngineDead         the engine process is gone
+    ├── EngineDead         the engine process is gone
+    └── Draining           the server is shutting down and takes, or finishes, no more requests
 
 `code` is stable: clients may compare it. The message is for people and may change.
 """
@@ -76,6 +78,12 @@ class EngineError(RopewayError):
     code = "engine_error"
 
 
+class EngineStarting(EngineError):
+    """The model is still being loaded; try again soon."""
+
+    code = "engine_starting"
+
+
 class EngineStartError(EngineError):
     """The engine process ended, or timed out, before it was ready."""
 
@@ -86,3 +94,9 @@ class EngineDead(EngineError):
     """The engine process is gone; what it was generating is lost."""
 
     code = "engine_dead"
+
+
+class Draining(EngineError):
+    """The server is shutting down."""
+
+    code = "draining"

@@ -113,6 +113,15 @@ class LLM:
         for _, delta, _ in self._run([self._admit(prompt, params)]):
             yield delta
 
+    def stream_all(
+        self, prompts: Sequence[str | list[int]], params: SamplingParams = SamplingParams()
+    ) -> Iterator[tuple[int, TokenDelta]]:
+        """Complete every prompt, batched together; (place of the prompt, token) as they come."""
+        requests = [self._admit(prompt, params) for prompt in prompts]
+        places = {request.request_id: place for place, request in enumerate(requests)}
+        for request_id, delta, _ in self._run(requests):
+            yield places[request_id], delta
+
     def _admit(self, prompt: str | list[int], params: SamplingParams) -> AddRequest:
         return self._admission.admit(next(self._ids), prompt, params)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 
 import msgspec
 
@@ -12,6 +11,7 @@ from engine.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 SEED_BITS = 64
+MAX_INT = 2**31 - 1
 
 
 class FinishReason(enum.StrEnum):
@@ -40,15 +40,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                         arXiv 1909.05858); prompt and output count
     presence_penalty    subtracted once from tokens that the output has
     frequency_penalty   subtracted per occurrence in the output
-    seed                random numbers are a function of (seed, stream index); None: drawn at admission
+    seed                random numbers depend on it and the stream index; None: drawn at admission
     stop                strings that end the output; they are not part of it
     stop_token_ids      ids that end the output; they are not part of its text
     max_tokens          None: as many as the context has room for
     ignore_eos          go on after the model's end token
     logprobs            None: none; k: the token's log-probability and the k likeliest (0 to 20)
 
-    Filters apply in the order penalties, temperature, top_k, top_p, min_p. Log-probabilities are the
-    model's own, before any of them.
+    Filters apply in the order penalties, temperature, top_k, top_p, min_p. Log-probabilities are
+    the model's own, before any of them.
     """
 
     temperature: float = 1.0
@@ -67,7 +67,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._within("temperature", self.temperature, 0.0, 100.0)
-        self._within("top_k", self.top_k, 0, None)
+        self._within("top_k", self.top_k, 0, MAX_INT)
         self._within("top_p", self.top_p, 0.0, 1.0, open_low=True)
         self._within("min_p", self.min_p, 0.0, 1.0)
         self._within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
@@ -76,7 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if self.seed is not None:
             self._within("seed", self.seed, 0, 2**SEED_BITS - 1)
         if self.max_tokens is not None:
-            self._within("max_tokens", self.max_tokens, 1, None)
+            self._within("max_tokens", self.max_tokens, 1, MAX_INT)
         if self.logprobs is not None:
             self._within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -86,18 +86,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if "" in self.stop:
             raise InvalidRequest("stop must not hold an empty string", "stop")
         for token_id in self.stop_token_ids:
-            self._within("stop_token_ids", token_id, 0, None)
+            self._within("stop_token_ids", token_id, 0, MAX_INT)
 
     @staticmethod
     def _within(
-        field: str, value: float, low: float, high: float | None, open_low: bool = False
+        field: str, value: float, low: float, high: float, open_low: bool = False
     ) -> None:
-        below = value <= low if open_low else value < low
-        if math.isfinite(value) and not below and (high is None or value <= high):
+        # Comparisons with NaN are false, so it is never within.
+        if (low < value if open_low else low <= value) and value <= high:
             return
         least = f"greater than {low}" if open_low else f"at least {low}"
-        most = "" if high is None else f" and at most {high}"
-        raise InvalidRequest(f"{field} must be {least}{most}, got {value}", field)
+        raise InvalidRequest(f"{field} must be {least} and at most {high}, got {value}", field)
 
     @property
     def greedy(self) -> bool:

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from engine.errors import EngineDead, EngineError, EngineStartError, QueueFull
+from engine.errors import EngineDead, EngineError, EngineStarting, EngineStartError, QueueFull
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
@@ -146,6 +146,11 @@ class AsyncEngine:
         return self._error is None
 
     @property
+    def error(self) -> EngineError | None:
+        """Why the engine failed; None while it has not."""
+        return self._error
+
+    @property
     def num_unfinished(self) -> int:
         """Streams that are open in this process."""
         return len(self._streams)
@@ -167,11 +172,11 @@ class AsyncEngine:
         return self.ready
 
     def submit(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Stream:
-        """Start a request. Raises RequestError, QueueFull, EngineStartError or EngineDead."""
+        """Start a request. Raises RequestError, QueueFull or EngineError."""
         if self._error is not None:
             raise self._error
         if self._admission is None or self.ready is None:
-            raise EngineStartError("the engine is still starting")
+            raise EngineStarting("the model is still being loaded; try again soon")
         limit = self.ready.max_num_seqs + self._max_queue
         if len(self._streams) >= limit:
             raise QueueFull(

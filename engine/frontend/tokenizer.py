@@ -98,7 +98,7 @@ class Tokenizer:
         return [token_id for token_id in range(len(self)) if token_id not in self._ids]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. A lone surrogate, which UTF-8 cannot hold, is a UnicodeEncodeError."""
+        """Token ids of a text. UnicodeEncodeError for a lone surrogate, which UTF-8 cannot hold."""
         text.encode("utf-8")
         return self._encoding.encode_ordinary(text)
 

@@ -8,7 +8,6 @@ causal one over [batch, time]; the engine passes a paged one over the rows of a 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engine.config import ModelConfig
 from engine.model.attention.base import Attention
@@ -21,11 +20,12 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation: nn.Module = nn.GELU(approximate)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., hidden_size]"""
-        down: Tensor = self.down(F.gelu(self.up(x), approximate=self.approximate))
+        down: Tensor = self.down(self.activation(self.up(x)))
         return down
 
 

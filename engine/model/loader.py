@@ -57,7 +57,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_tensors(directory: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """All tensors, by name, as stored. Names, shapes and types are checked from the headers first."""
+    """All tensors as stored, by name. Names, shapes and types are checked by the headers first."""
     found: dict[str, Tensor] = {}
     for path in _weight_files(directory):
         try:

@@ -33,9 +33,10 @@ class RotaryTable:
     sin: Tensor
 
     @classmethod
-    def build(cls, inv_freq: Tensor, num_positions: int) -> RotaryTable:
-        """Table for distances 0 .. num_positions - 1; inv_freq float64 [rotary_dim / 2]."""
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), inv_freq)
+    def build(cls, inv_freq: Tensor, num_positions: int, first: int = 0) -> RotaryTable:
+        """Table for num_positions distances from `first`; inv_freq float64 [rotary_dim / 2]."""
+        distances = torch.arange(first, first + num_positions, dtype=torch.float64)
+        angles = torch.outer(distances, inv_freq)
         return cls(cos=angles.cos().float().contiguous(), sin=angles.sin().float().contiguous())
 
     @classmethod

@@ -2,7 +2,7 @@
 
 There is no prefill phase and no decode phase. A request has num_tokens known tokens, of which
 num_computed_tokens are in the cache; a step computes some of the rest, at most
-max_num_batched_tokens over all requests. Chunked prefill, preemption and recovery are that one rule.
+max_num_batched_tokens over all requests. Chunked prefill, preemption and recovery are one rule.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ class KVCache:
 class AttentionMetadata:
     """Where the rows of a step stand. A row is one token that the step computes.
 
-    query_start  int32 [num_seqs + 1]: rows query_start[s] .. query_start[s + 1] - 1 are sequence s's,
-                 at consecutive positions
+    query_start  int32 [num_seqs + 1]: rows query_start[s] .. query_start[s + 1] - 1 belong to
+                 sequence s, at consecutive positions
     positions    int32 [num_rows]: the position t of each row in its sequence
     slot_mapping int64 [num_rows]: where its key and value go, block id * block_size + offset
     block_tables int32 [num_seqs, max_blocks]: block ids in order of position

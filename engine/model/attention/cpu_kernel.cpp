@@ -1,0 +1,466 @@
+// Paged attention over a page-relative rotary cache, on the CPU.
+//
+// One call serves one layer of one step: store the rows' keys and values, then attend. A row's
+// output is a function of its position and of the cached bytes alone: pages in table order, the
+// query rotated by its distance to the page's base, block_size scores, one update of an online
+// softmax (Milakov & Gimelshein 2018), one weighted sum of values. How rows, heads and threads are
+// grouped only decides which bytes are loaded together: the operations on one row, and their order,
+// never change. Hence no -ffast-math and no contraction by the compiler: a fused multiply-add is
+// written as `madd`, or it does not happen.
+//
+// This file is compiled once for each instruction set, into one library, as
+// ropeway_attention_<VARIANT>; the caller asks ropeway_supports_<VARIANT> and chooses. Everything else has internal linkage
+// and no standard header brings a template in: the linker keeps one copy of a shared inline
+// function, and that copy may use instructions that this machine does not have.
+
+#include <stdint.h>
+#include <stdlib.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static inline int omp_get_thread_num() { return 0; }
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define REGISTERS 32
+#elif defined(__AVX2__)
+#define LANES 8
+#define REGISTERS 16
+#elif defined(__aarch64__)
+#define LANES 4
+#define REGISTERS 32
+#else
+#define LANES 4
+#define REGISTERS 16
+#endif
+
+// The two structures that Python fills, field by field as in cpu.py.
+
+struct RopewayLayer {  // fixed for the life of the cache
+    void *keys;        // [num_blocks, num_heads, head_dim, block_size]
+    void *values;      // [num_blocks, num_heads, block_size, head_dim]
+    const float *cos;  // [num_positions, rotary_dim / 2]
+    const float *sin;
+    int32_t num_blocks, num_heads, head_dim, rotary_dim, block_size, num_positions;
+    int32_t is_bfloat16;  // element type of keys, values, qkv and out; else float32
+    float scale;          // log2(e) / sqrt(head_dim): weights are powers of two
+};
+
+struct RopewayStep {  // AttentionMetadata
+    const int32_t *query_start, *positions;
+    const int64_t *slot_mapping;
+    const int32_t *block_tables, *bases, *counts;
+    int32_t num_rows, num_seqs, max_blocks, num_threads;
+};
+
+namespace {
+
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int MAX_BLOCK = 64;
+constexpr int TILE_ROWS = 4;   // rows that share each load of a key or value
+constexpr int SLAB_ROWS = 64;  // rows that share each visit to a page
+constexpr float MINUS_INFINITY = -__builtin_inff();
+
+// ---- Numbers -----------------------------------------------------------------------------------
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+inline void load(const float *from, float &to) { to = *from; }
+inline void load(const float *from, Vec &to) { __builtin_memcpy(&to, from, sizeof to); }
+inline void load(const BFloat16 *from, float &to) {
+    uint32_t bits = uint32_t(from->bits) << 16;
+    __builtin_memcpy(&to, &bits, sizeof to);
+}
+inline void load(const BFloat16 *from, Vec &to) {
+    HalfVec half;
+    __builtin_memcpy(&half, from, sizeof half);
+    to = (Vec)(__builtin_convertvector(half, BitVec) << 16);
+}
+
+inline void store(float *to, float from) { *to = from; }
+inline void store(float *to, Vec from) { __builtin_memcpy(to, &from, sizeof from); }
+inline void store(BFloat16 *to, float from) {  // to nearest, ties to even
+    uint32_t bits;
+    __builtin_memcpy(&bits, &from, sizeof bits);
+    to->bits = from != from ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float madd(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+inline Vec madd(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+inline Vec all(float x) { return x - Vec{}; }
+
+// 2^x for x <= 0, to 1 ulp; exactly 1 at 0 and exactly 0 below -125, so that a masked slot counts
+// for nothing. The polynomial is the minimax one of 2^f - 1 over |f| <= 1/2 (2e-9 relative).
+inline Vec power_of_two(Vec x) {
+    const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);
+    Vec p = all(0.00015353362f);
+    p = madd(p, f, all(0.00133988750f));
+    p = madd(p, f, all(0.00961843692f));
+    p = madd(p, f, all(0.0555033237f));
+    p = madd(p, f, all(0.240226477f));
+    p = madd(p, f, all(0.693147182f));
+    p = madd(p, f, all(1.0f));
+    const BitVec scaled = (BitVec)p + ((BitVec)shifted << 23);  // p * 2^round(x)
+    return (Vec)(scaled & (BitVec)(x >= all(-125.0f)));
+}
+
+inline float largest(Vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float best = x[0];
+    for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
+    return best;
+#endif
+}
+inline float total(Vec x) {  // by halves, a fixed order
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) x[i] += x[i + width];
+    return x[0];
+}
+
+// ---- One page, one head, a tile of rows --------------------------------------------------------
+
+// Rotate by the angle whose cosines and sines are given; pairs are (i, i + half).
+inline void rotate(float *out, const float *x, const float *cos, const float *sin, int half, int dim) {
+    for (int i = 0; i < half; ++i) {
+        out[i] = x[i] * cos[i] - x[half + i] * sin[i];
+        out[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
+    }
+    for (int i = 2 * half; i < dim; ++i) out[i] = x[i];
+}
+
+typedef float Queries[MAX_HEAD_DIM];
+typedef float Weights[MAX_BLOCK];
+
+// scores[row][slot] = query[row] . key[slot], dimension after dimension, for COLS vectors of slots.
+template <int ROWS, int COLS, class T>
+inline void score_slots(const T *keys, int block, int dim, const Queries *query, Weights *scores, int slot) {
+    Vec sum[ROWS][COLS] = {};
+    for (int d = 0; d < dim; ++d) {
+        Vec key[COLS];
+        for (int c = 0; c < COLS; ++c) load(keys + d * block + slot + c * LANES, key[c]);
+        for (int r = 0; r < ROWS; ++r)
+            for (int c = 0; c < COLS; ++c) sum[r][c] = madd(key[c], all(query[r][d]), sum[r][c]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLS; ++c) store(scores[r] + slot + c * LANES, sum[r][c]);
+}
+
+// As wide as the registers allow, then narrower: slots that no row sees are not loaded.
+template <int ROWS, int COLS, class T>
+inline void score(const T *keys, int block, int dim, const Queries *query, Weights *scores, int slot, int end) {
+    for (; slot + COLS * LANES <= end; slot += COLS * LANES)
+        score_slots<ROWS, COLS>(keys, block, dim, query, scores, slot);
+    if constexpr (COLS > 1) score<ROWS, COLS / 2>(keys, block, dim, query, scores, slot, end);
+}
+
+// out[row] = out[row] * decay[row] + sum over slots of weight[row][slot] * value[slot], slot after
+// slot, for COLS vectors of dimensions. V is Vec, or float for what is left of an odd head_dim.
+template <class V, int ROWS, int COLS, class T>
+inline void sum_dims(const T *values, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
+    constexpr int WIDTH = sizeof(V) / sizeof(float);
+    V sum[ROWS][COLS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLS; ++c) {
+            load(out + r * dim + d + c * WIDTH, sum[r][c]);
+            sum[r][c] *= decay[r];
+        }
+    for (int s = 0; s < slots; ++s) {
+        V value[COLS];
+        for (int c = 0; c < COLS; ++c) load(values + s * dim + d + c * WIDTH, value[c]);
+        for (int r = 0; r < ROWS; ++r)
+            for (int c = 0; c < COLS; ++c) sum[r][c] = madd(value[c], weights[r][s] - V{}, sum[r][c]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLS; ++c) store(out + r * dim + d + c * WIDTH, sum[r][c]);
+}
+
+template <int ROWS, int COLS, class T>
+inline void sum_values(const T *values, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
+    for (; d + COLS * LANES <= dim; d += COLS * LANES)
+        sum_dims<Vec, ROWS, COLS>(values, slots, dim, weights, decay, out, d);
+    if constexpr (COLS > 1)
+        sum_values<ROWS, COLS / 2>(values, slots, dim, weights, decay, out, d);
+    else
+        for (; d < dim; ++d) sum_dims<float, ROWS, 1>(values, slots, dim, weights, decay, out, d);
+}
+
+// What a row of one head carries from page to page.
+struct Rows {
+    float *query;  // [rows, head_dim], scaled by log2(e) / sqrt(head_dim)
+    float *out;    // [rows, head_dim], not yet divided by the sum of weights
+    float *best;   // [rows], the largest score so far
+    Vec *sum;      // [rows], the sum of weights so far, lane by lane
+
+    Rows from(int row, int dim) const { return {query + row * dim, out + row * dim, best + row, sum + row}; }
+};
+
+// Turn scores into weights in place; decay[row] is what the row's earlier sums are multiplied by.
+// The first row sees `visible` slots, each next row one more, up to `slots`; the rest of the scores
+// up to `end` are masked.
+template <int ROWS>
+inline void weigh(Weights *scores, int visible, int slots, int end, Rows rows, float *decay) {
+    static_assert(ROWS <= LANES);
+    Vec x, fall = {};
+    for (int r = 0; r < ROWS; ++r) {
+        for (int s = smaller(slots, visible + r); s < end; ++s) scores[r][s] = MINUS_INFINITY;
+        Vec top = all(rows.best[r]);
+        for (int s = 0; s < end; s += LANES) {
+            load(scores[r] + s, x);
+            top = x > top ? x : top;
+        }
+        const float highest = largest(top);
+        fall[r] = rows.best[r] - highest;
+        rows.best[r] = highest;
+    }
+    fall = power_of_two(fall);
+    for (int r = 0; r < ROWS; ++r) {
+        decay[r] = fall[r];
+        Vec sum = rows.sum[r] * decay[r];
+        for (int s = 0; s < end; s += LANES) {
+            load(scores[r] + s, x);
+            x = power_of_two(x - rows.best[r]);
+            sum += x;
+            store(scores[r] + s, x);
+        }
+        rows.sum[r] = sum;
+    }
+}
+
+// ROWS consecutive positions, the first of them `distance` after the page's base, see one page.
+template <int ROWS, class T>
+inline void attend_page(const RopewayLayer &layer, const T *keys, const T *values, int distance, Rows rows) {
+    constexpr int COLS = smaller(MAX_BLOCK / LANES, REGISTERS / (2 * ROWS));  // half hold sums
+    const int dim = layer.head_dim, half = layer.rotary_dim / 2, block = layer.block_size;
+    alignas(64) Queries query[ROWS];
+    alignas(64) Weights weights[ROWS];
+    float decay[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        const int64_t angle = int64_t(distance + r) * half;
+        rotate(query[r], rows.query + r * dim, layer.cos + angle, layer.sin + angle, half, dim);
+    }
+    const int slots = smaller(block, distance + ROWS);  // that the last row sees
+    const int end = (slots + LANES - 1) / LANES * LANES;
+    score<ROWS, COLS>(keys, block, dim, query, weights, 0, end);
+    weigh<ROWS>(weights, distance + 1, slots, end, rows, decay);
+    sum_values<ROWS, COLS>(values, slots, dim, weights, decay, rows.out, 0);
+}
+
+// Rows first .. rows - 1 of one head see one page; row 0 is `distance` after its base.
+template <class T>
+void attend_rows(const RopewayLayer &layer, const T *keys, const T *values, int distance, int first, int rows, Rows head) {
+    int r = first;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+        attend_page<TILE_ROWS>(layer, keys, values, distance + r, head.from(r, layer.head_dim));
+    for (; r < rows; ++r)
+        attend_page<1>(layer, keys, values, distance + r, head.from(r, layer.head_dim));
+}
+
+template <class T>
+void widen(float *to, const T *from, int count) {
+    for (int i = 0; i < count; ++i) load(from + i, to[i]);
+}
+
+// ---- One item of work: some rows of a sequence, some heads --------------------------------------
+
+struct Item {
+    int seq, row, rows, head, heads;
+};
+
+template <class T>
+void store_item(const RopewayLayer &layer, const RopewayStep &step, const Item &item, const T *qkv) {
+    const int dim = layer.head_dim, half = layer.rotary_dim / 2, block = layer.block_size;
+    const int64_t hidden = int64_t(layer.num_heads) * dim;
+    float key[MAX_HEAD_DIM], turned[MAX_HEAD_DIM];
+    for (int head = item.head; head < item.head + item.heads; ++head)
+        for (int row = item.row; row < item.row + item.rows; ++row) {
+            const int64_t page = step.slot_mapping[row] / block;
+            const int offset = int(step.slot_mapping[row] - page * block);
+            const T *from = qkv + row * 3 * hidden + hidden + head * dim;
+            T *keys = (T *)layer.keys + (page * layer.num_heads + head) * dim * block + offset;
+            T *values = (T *)layer.values + (page * layer.num_heads + head) * dim * block + offset * dim;
+            for (int d = 0; d < dim; ++d) load(from + d, key[d]);
+            rotate(turned, key, layer.cos + offset * half, layer.sin + offset * half, half, dim);
+            for (int d = 0; d < dim; ++d) store(keys + d * block, turned[d]);
+            __builtin_memcpy(values, from + hidden, dim * sizeof(T));
+        }
+}
+
+// Page after page, and through all heads of a page before the next: one stream of loads.
+template <class T>
+void attend_item(const RopewayLayer &layer, const RopewayStep &step, const Item &item, const T *qkv, T *out, float *scratch) {
+    const int dim = layer.head_dim, block = layer.block_size, rows = item.rows;
+    const int64_t hidden = int64_t(layer.num_heads) * dim, all_rows = int64_t(item.heads) * rows;
+    float *wide = scratch, *sums = wide + 2 * dim * block;
+    const Rows state = {sums + all_rows * LANES, sums + all_rows * (LANES + dim),
+                        sums + all_rows * (LANES + 2 * dim), (Vec *)sums};
+    for (int h = 0; h < item.heads; ++h)
+        for (int r = 0; r < rows; ++r) {
+            const Rows one = state.from(h * rows + r, dim);
+            const T *query = qkv + (item.row + r) * 3 * hidden + (item.head + h) * dim;
+            *one.best = MINUS_INFINITY;
+            *one.sum = Vec{};
+            for (int d = 0; d < dim; ++d) {
+                load(query + d, one.query[d]);
+                one.query[d] *= layer.scale;
+                one.out[d] = 0;
+            }
+        }
+
+    const int position = step.positions[item.row];
+    const int64_t table = int64_t(item.seq) * step.max_blocks;
+    for (int j = 0; j < step.counts[item.seq]; ++j) {
+        const int distance = position - step.bases[table + j];
+        const int64_t page = step.block_tables[table + j];
+        for (int h = 0; h < item.heads; ++h) {
+            const int64_t at = (page * layer.num_heads + item.head + h) * dim * block;
+            const T *keys = (const T *)layer.keys + at, *values = (const T *)layer.values + at;
+            const Rows head = state.from(h * rows, dim);
+            const int first = larger(0, -distance);  // the rows before it come before the page
+            if (sizeof(T) < sizeof(float) && rows - first >= 2 * TILE_ROWS) {
+                widen(wide, keys, dim * block);
+                widen(wide + dim * block, values, dim * block);
+                attend_rows<float>(layer, wide, wide + dim * block, distance, first, rows, head);
+            } else {
+                attend_rows<T>(layer, keys, values, distance, first, rows, head);
+            }
+        }
+    }
+
+    for (int h = 0; h < item.heads; ++h)
+        for (int r = 0; r < rows; ++r) {
+            const Rows one = state.from(h * rows + r, dim);
+            const float sum = total(*one.sum);
+            T *to = out + (item.row + r) * hidden + (item.head + h) * dim;
+            for (int d = 0; d < dim; ++d) store(to + d, one.out[d] / sum);
+        }
+}
+
+// ---- A step ------------------------------------------------------------------------------------
+
+struct Memory {  // aligned, freed at the end of its scope; null when there is none left
+    void *at;
+    explicit Memory(int64_t bytes) : at(aligned_alloc(64, (bytes + 64) / 64 * 64)) {}
+    ~Memory() { free(at); }
+    Memory(const Memory &) = delete;
+};
+
+// Whether every address that the step asks for lies inside the cache and the tables.
+bool inside(const RopewayLayer &layer, const RopewayStep &step) {
+    const int64_t slots = int64_t(layer.num_blocks) * layer.block_size;
+    if (step.query_start[0] != 0 || step.query_start[step.num_seqs] != step.num_rows) return false;
+    for (int seq = 0; seq < step.num_seqs; ++seq) {
+        const int start = step.query_start[seq], end = step.query_start[seq + 1];
+        if (start > end || end > step.num_rows || step.counts[seq] < 0 || step.counts[seq] > step.max_blocks) return false;
+        for (int row = start; row < end; ++row)
+            if (step.slot_mapping[row] < 0 || step.slot_mapping[row] >= slots) return false;
+        for (int64_t j = 0, at = int64_t(seq) * step.max_blocks; start < end && j < step.counts[seq]; ++j, ++at) {
+            if (step.block_tables[at] < 0 || step.block_tables[at] >= layer.num_blocks) return false;
+            if (step.positions[end - 1] - step.bases[at] >= layer.num_positions) return false;
+        }
+    }
+    return true;
+}
+
+// Cut the step into items; returns how many. Long chunks go a head at a time, so that a head's pages
+// and rows stay in the nearest cache; a few rows go through all heads of a page, or through as many
+// as leave every thread a share.
+int64_t divide(const RopewayLayer &layer, const RopewayStep &step, Item *items) {
+    int64_t count = 0;
+    const int share = (layer.num_heads + step.num_threads - 1) / step.num_threads;
+    for (int seq = 0; seq < step.num_seqs; ++seq)
+        for (int row = step.query_start[seq]; row < step.query_start[seq + 1]; row += SLAB_ROWS) {
+            const int rows = smaller(SLAB_ROWS, step.query_start[seq + 1] - row);
+            const int heads = rows >= 4 * TILE_ROWS                  ? 1
+                              : step.num_seqs < 4 * step.num_threads ? share
+                                                                     : layer.num_heads;
+            for (int head = 0; head < layer.num_heads; head += heads, ++count)
+                items[count] = {seq, row, rows, head, smaller(heads, layer.num_heads - head)};
+        }
+    return count;
+}
+
+template <class T>
+int run(const RopewayLayer &layer, const RopewayStep &step, const T *qkv, T *out) {
+    const int64_t slabs = step.num_seqs + step.num_rows / SLAB_ROWS;
+    const Memory list(slabs * layer.num_heads * sizeof(Item));
+    if (!list.at) return 2;
+    Item *const items = (Item *)list.at;
+    const int64_t count = divide(layer, step, items);
+    int64_t most = 0;  // rows x heads of the largest item
+    for (int64_t i = 0; i < count; ++i) most = larger(int(most), items[i].rows * items[i].heads);
+    const int64_t wide = 2 * layer.head_dim * layer.block_size;
+    const int64_t floats = wide + (most * (LANES + 2 * layer.head_dim + 1) + 15) / 16 * 16;
+    const Memory scratch(floats * step.num_threads * sizeof(float));
+    if (!scratch.at) return 2;
+
+#pragma omp parallel num_threads(step.num_threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) store_item(layer, step, items[i], qkv);
+        // The barrier here is the contract: everything is stored before anyone attends.
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count; ++i)
+            attend_item(layer, step, items[i], qkv, out, (float *)scratch.at + floats * omp_get_thread_num());
+    }
+    return 0;
+}
+
+}  // namespace
+
+#define JOIN(a, b) a##b
+#define NAMED(prefix, variant) JOIN(prefix, variant)
+
+// Whether this machine has the instructions of this variant.
+extern "C" int NAMED(ropeway_supports_, VARIANT)() {
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 1;
+#endif
+}
+
+// qkv [num_rows, 3, num_heads, head_dim] -> out [num_rows, num_heads, head_dim]. Returns 0; 1 when
+// the step points outside the cache or the tables; 2 when memory is short.
+extern "C" int NAMED(ropeway_attention_, VARIANT)(const RopewayLayer *layer, const RopewayStep *step, const void *qkv, void *out) {
+    if (!inside(*layer, *step)) return 1;
+    if (layer->is_bfloat16) return run(*layer, *step, (const BFloat16 *)qkv, (BFloat16 *)out);
+    return run(*layer, *step, (const float *)qkv, (float *)out);
+}

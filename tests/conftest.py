@@ -1,0 +1,21 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny_config, write_model
+
+# Tests run side by side, one a core: several threads each would only wait for one another.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a small random model in it."""
+    directory = tmp_path_factory.mktemp("tiny")
+    write_model(directory, tiny_config())
+    return directory

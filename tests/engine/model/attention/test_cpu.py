@@ -1,0 +1,117 @@
+"""The compiled kernel's binding, and the choice of a backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.model.attention import cpu
+from engine.model.attention.base import AttentionMetadata
+from tests.engine.model.attention.steps import Sequences, attention_config
+
+
+@pytest.fixture
+def sequences() -> Sequences:
+    return Sequences.random(attention_config(2, 32, 32), [40], 32, torch.float32)
+
+
+@pytest.fixture
+def kernel(sequences: Sequences) -> cpu.CPUBackend:
+    try:
+        backend = sequences.build(cpu.CPUBackend)
+    except cpu.KernelUnavailableError as obstacle:
+        pytest.skip(str(obstacle))
+    assert isinstance(backend, cpu.CPUBackend)
+    return backend
+
+
+def test_the_compiled_kernel_is_chosen_and_named(kernel: cpu.CPUBackend) -> None:
+    assert cpu.select_backend("cpu") is cpu.CPUBackend
+    assert cpu.describe_backend("cpu") == kernel.name == f"cpu-{cpu.supported_variants()[0]}"
+
+
+def test_torch_serves_where_nothing_was_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
+    cpu.load_library.cache_clear()
+    try:
+        assert cpu.select_backend("cpu") is cpu.TorchBackend
+        assert "without a C++ compiler" in cpu.describe_backend("cpu")
+        (tmp_path / "none.so").write_bytes(b"not a library")
+        assert "does not load" in cpu.describe_backend("cpu")
+    finally:
+        cpu.load_library.cache_clear()
+
+
+def test_torch_serves_other_devices() -> None:
+    assert cpu.select_backend("cuda") is cpu.TorchBackend
+    assert "CPU only" in cpu.describe_backend("cuda")
+
+
+def test_an_unknown_variant_is_refused(kernel: cpu.CPUBackend) -> None:
+    with pytest.raises(cpu.KernelUnavailableError, match="'mmx' is not among"):
+        cpu.CPUBackend(kernel.config, kernel.table, kernel.cache, variant="mmx")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "dtype", "message"),
+    [
+        (32, 24, torch.float32, "block_size must be one of"),
+        (512, 16, torch.float32, "head_dim must be at most"),
+        (32, 16, torch.float16, "float32 and bfloat16"),
+    ],
+)
+def test_shapes_that_the_kernel_does_not_serve(
+    kernel: cpu.CPUBackend, head_dim: int, block_size: int, dtype: torch.dtype, message: str
+) -> None:
+    case = Sequences.random(attention_config(1, head_dim, 32), [3], block_size, dtype)
+    with pytest.raises(ConfigError, match=message):
+        case.build(cpu.CPUBackend)
+
+
+def _with(metadata: AttentionMetadata, name: str, value: int) -> AttentionMetadata:
+    return replace(metadata, **{name: getattr(metadata, name).clone().fill_(value)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("slot_mapping", -1),
+        ("slot_mapping", 10**6),
+        ("block_tables", -1),
+        ("block_tables", 99),
+        ("bases", -1000),
+        ("num_blocks", 3),
+        ("query_start", 41),
+    ],
+)
+def test_addresses_outside_the_cache_are_refused(
+    sequences: Sequences, kernel: cpu.CPUBackend, name: str, value: int
+) -> None:
+    metadata = _with(sequences.metadata(sequences.whole()), name, value)
+    with pytest.raises(ValueError, match="outside the cache"):
+        kernel.forward(0, sequences.qkv[0], metadata)
+
+
+def test_tensors_of_the_wrong_kind_are_refused(
+    sequences: Sequences, kernel: cpu.CPUBackend
+) -> None:
+    metadata = sequences.metadata(sequences.whole())
+    for rows in (sequences.qkv[0].double(), sequences.qkv[0][:-1], sequences.qkv[0].T.clone().T):
+        with pytest.raises(ValueError, match="qkv must be"):
+            kernel.forward(0, rows, metadata)
+    with pytest.raises(ValueError, match="positions must be"):
+        kernel.forward(0, sequences.qkv[0], replace(metadata, positions=metadata.positions.long()))
+
+
+def test_powers_of_two() -> None:
+    x = -torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 124
+    error = (cpu._power_of_two(x).double() / torch.exp2(x.double()) - 1).abs().max()
+    assert error < 2 * 2**-24 * 2
+    special = torch.tensor([0.0, -1.0, -126.0, -1e30, float("-inf")])
+    assert cpu._power_of_two(special).tolist() == [1.0, 0.5, 0.0, 0.0, 0.0]

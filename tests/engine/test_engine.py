@@ -1,0 +1,263 @@
+"""The engine against a naive full recompute, and against itself under every way to cut the work."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import LLM, SamplingParams
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.core import EngineCore
+from engine.messages import AddRequest, EngineOutput
+from engine.model.attention.base import KVCache
+from engine.model.attention.reference import NaiveAttention
+from engine.model.gpt2 import GPT2
+from engine.model.loader import load_model
+from engine.model.rope import RotaryTable
+from tests.models import EOS, tiny_config
+
+CONFIG = tiny_config()
+PAGE = KVCache.bytes_per_block(CONFIG, 16, torch.float32)
+
+
+def recompute(model: GPT2, prompt: list[int], max_tokens: int) -> list[int]:
+    """Greedy decoding without a cache: the whole sequence again for every token, in float32."""
+    attention = NaiveAttention(RotaryTable.for_model(model.config), model.config.num_heads)
+    token_ids = list(prompt)
+    for _ in range(max_tokens):
+        logits = model.logits(model(torch.tensor(token_ids), attention)[-1])
+        token_ids.append(int(logits[: model.config.vocab_size].argmax()))
+        if token_ids[-1] == EOS:
+            break
+    return token_ids[len(prompt) :]
+
+
+def ragged_prompts(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
+    """Prompts of 1 token to the whole context, each with a number of tokens that still fits."""
+    rng = random.Random(seed)
+    lengths = [1, 2, 15, 16, 17, CONFIG.max_position]
+    lengths += [rng.randrange(1, CONFIG.max_position) for _ in range(count - len(lengths))]
+    return [
+        (
+            [rng.randrange(EOS) for _ in range(length)],
+            min(24, CONFIG.max_position + 1 - length),
+        )
+        for length in lengths
+    ]
+
+
+def engine(directory: Path, *, pages: int, max_num_seqs: int, budget: int) -> EngineCore:
+    return EngineCore(
+        EngineConfig(
+            model_dir=str(directory),
+            device="cpu",
+            dtype="float32",
+            cache=CacheConfig(block_size=16, kv_memory=pages * PAGE),
+            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+        )
+    )
+
+
+def add(core: EngineCore, name: str, prompt: list[int], params: SamplingParams) -> None:
+    assert params.max_tokens is not None
+    core.add(
+        AddRequest(
+            request_id=name,
+            prompt_token_ids=prompt,
+            params=params,
+            seed=params.seed or 0,
+            max_tokens=params.max_tokens,
+            stop_token_ids=[EOS],
+        )
+    )
+
+
+def run(core: EngineCore, arrivals: dict[int, list[tuple[str, list[int], SamplingParams]]]) -> dict[
+    str, list[EngineOutput]
+]:
+    """Step until done; `arrivals[n]` come before step n."""
+    outputs: dict[str, list[EngineOutput]] = {}
+    step = 0
+    while core.has_unfinished or step <= max(arrivals):
+        for name, prompt, params in arrivals.get(step, []):
+            add(core, name, prompt, params)
+        for output in core.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        step += 1
+        assert step < 5000
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("pages", "max_num_seqs", "budget"),
+    [
+        pytest.param(400, 64, 4096, id="all at once"),
+        pytest.param(400, 8, 24, id="chunked prefill"),
+        pytest.param(16, 16, 64, id="forced preemption"),
+        pytest.param(12, 4, 7, id="one context of pages"),
+    ],
+)
+def test_equals_naive_recompute(
+    tiny_model_dir: Path, pages: int, max_num_seqs: int, budget: int
+) -> None:
+    model = load_model(tiny_model_dir, torch.float32)
+    core = engine(tiny_model_dir, pages=pages, max_num_seqs=max_num_seqs, budget=budget)
+    prompts = ragged_prompts(20)
+    arrivals: dict[int, list[tuple[str, list[int], SamplingParams]]] = {}
+    for at, (prompt, max_tokens) in enumerate(prompts):
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        arrivals.setdefault(3 * (at // 4), []).append((str(at), prompt, params))
+    outputs = run(core, arrivals)
+    for at, (prompt, max_tokens) in enumerate(prompts):
+        got = outputs[str(at)]
+        assert [output.token_id for output in got] == recompute(model, prompt, max_tokens)
+        assert [output.index for output in got] == list(range(len(got)))
+        assert [output.finish_reason for output in got[:-1]] == [None] * (len(got) - 1)
+        assert got[-1].finish_reason is not None
+    assert core.stats.blocks_free == core.stats.blocks_total
+    if pages <= 16:
+        assert core.stats.preemptions > 0 or pages == 12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_company(tiny_model_dir: Path, dtype: str) -> None:
+    """Tokens and log-probabilities alone, among others, chunked, preempted: equal to the bit."""
+    rng = random.Random(1)
+    requests = [
+        (
+            str(at),
+            [rng.randrange(EOS) for _ in range(rng.randrange(1, 120))],
+            SamplingParams(
+                temperature=rng.choice([0.0, 0.7, 1.3]),
+                top_k=rng.choice([0, 5, 40]),
+                top_p=rng.choice([1.0, 0.8]),
+                min_p=rng.choice([0.0, 0.02]),
+                repetition_penalty=rng.choice([1.0, 1.2]),
+                frequency_penalty=rng.choice([0.0, 0.3]),
+                seed=rng.randrange(2**64),
+                max_tokens=40,
+                logprobs=5,
+            ),
+        )
+        for at in range(16)
+    ]
+
+    def outcome(pages: int, max_num_seqs: int, budget: int) -> tuple[dict[str, object], int]:
+        core = engine(tiny_model_dir, pages=pages, max_num_seqs=max_num_seqs, budget=budget)
+        core = EngineCore(
+            EngineConfig(
+                model_dir=str(tiny_model_dir),
+                device="cpu",
+                dtype=dtype,
+                cache=CacheConfig(block_size=16, kv_memory=pages * PAGE),
+                scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+            )
+        )
+        outputs = run(core, {at: [request] for at, request in enumerate(requests)})
+        tokens = {
+            name: [(output.token_id, output.logprobs) for output in each]
+            for name, each in outputs.items()
+        }
+        return dict(tokens), core.stats.preemptions
+
+    alone, _ = outcome(400, 1, 512)
+    together, _ = outcome(400, 16, 4096)
+    chunked, _ = outcome(400, 5, 9)
+    squeezed, preemptions = outcome(14 if dtype == "float32" else 7, 16, 64)
+    assert together == alone
+    assert chunked == alone
+    assert squeezed == alone
+    assert preemptions > 0
+
+
+def test_resumes_from_given_output(tiny_model_dir: Path) -> None:
+    """A request added again with what it had generated goes on as if nothing had happened."""
+    params = SamplingParams(seed=7, max_tokens=20, frequency_penalty=0.5, logprobs=2)
+    core = engine(tiny_model_dir, pages=64, max_num_seqs=4, budget=64)
+    whole = run(core, {0: [("a", [1, 2, 3], params)]})["a"]
+    head = [output.token_id for output in whole[:8]]
+    core.add(
+        AddRequest(
+            request_id="b",
+            prompt_token_ids=[1, 2, 3],
+            params=params,
+            seed=7,
+            max_tokens=20,
+            stop_token_ids=[EOS],
+            output_token_ids=head,
+        )
+    )
+    rest: list[EngineOutput] = []
+    while core.has_unfinished:
+        rest += core.step()
+    assert [(o.index, o.token_id, o.logprobs, o.finish_reason) for o in rest] == [
+        (o.index, o.token_id, o.logprobs, o.finish_reason) for o in whole[8:]
+    ]
+
+
+def test_abort_frees_pages_at_once(tiny_model_dir: Path) -> None:
+    core = engine(tiny_model_dir, pages=64, max_num_seqs=4, budget=64)
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    for name in "abcdef":
+        add(core, name, [1] * 40, params)
+    core.step()
+    core.step()
+    assert core.stats.running == 4
+    assert core.stats.waiting == 2
+    for name in "abcdef":
+        core.abort(name)
+        core.abort(name)
+    assert core.stats.blocks_free == core.stats.blocks_total
+    assert not core.has_unfinished
+    add(core, "a", [1] * 40, params)  # rows are free again as well
+    while core.has_unfinished:
+        core.step()
+    assert core.stats.blocks_free == core.stats.blocks_total
+
+
+def test_padded_and_unused_ids_are_never_sampled(tiny_model_dir: Path) -> None:
+    unused = tuple(range(10, 200))
+    core = EngineCore(
+        replace(
+            EngineConfig(model_dir=str(tiny_model_dir), device="cpu", dtype="float32"),
+            unused_token_ids=unused,
+        )
+    )
+    params = SamplingParams(temperature=50.0, max_tokens=150, ignore_eos=True, seed=3, logprobs=20)
+    outputs = run(core, {0: [("a", [1], params)]})["a"]
+    seen = {output.token_id for output in outputs}
+    for output in outputs:
+        assert output.logprobs is not None
+        seen |= {token_id for token_id, _ in output.logprobs.top}
+    assert seen.isdisjoint(unused)
+    assert max(seen) < CONFIG.vocab_size
+
+
+def test_llm_generates_in_order(tiny_model_dir: Path) -> None:
+    llm = LLM(tiny_model_dir, device="cpu", dtype="float32", block_size=16)
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+    prompts: list[str | list[int]] = ["the", [5, 6, 7], "another one here"]
+    together = llm.generate(prompts, params)
+    alone = [llm.generate([prompt], params)[0] for prompt in prompts]
+    assert together == alone
+    for completion in together:
+        assert completion.logprobs is not None
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert completion.usage.completion_tokens == len(completion.token_ids)
+        assert completion.usage.total_tokens == (
+            len(completion.prompt_token_ids) + len(completion.token_ids)
+        )
+    assert "".join(d.text for d in llm.stream("the", params)) == together[0].text
+
+
+def test_llm_leaving_a_stream_frees_pages(tiny_model_dir: Path) -> None:
+    llm = LLM(tiny_model_dir, device="cpu", dtype="float32")
+    stream = llm.stream("the", SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    assert llm.stats.blocks_free < llm.stats.blocks_total
+    stream.close()
+    assert llm.stats.blocks_free == llm.stats.blocks_total

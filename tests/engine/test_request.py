@@ -1,0 +1,38 @@
+"""SamplingParams are checked when they are made."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.request import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", -0.1, "temperature must be at least 0.0 and at most 100.0, got -0.1"),
+        ("temperature", math.nan, "got nan"),
+        ("temperature", math.inf, "got inf"),
+        ("top_k", -1, "top_k must be at least 0, got -1"),
+        ("top_p", 0.0, "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
+        ("top_p", 1.1, "got 1.1"),
+        ("min_p", -0.5, "min_p"),
+        ("repetition_penalty", 0.0, "greater than 0.0"),
+        ("presence_penalty", 1000.0, "at most 100.0"),
+        ("frequency_penalty", -1000.0, "at least -100.0"),
+        ("seed", -1, "seed must be at least 0"),
+        ("seed", 2**64, "at most 18446744073709551615"),
+        ("max_tokens", 0, "max_tokens must be at least 1, got 0"),
+        ("logprobs", 21, "logprobs must be at least 0 and at most 20, got 21"),
+        ("stop", ("",), "empty string"),
+        ("stop", ("x",) * 17, "at most 16 strings, got 17"),
+        ("stop_token_ids", (-1,), "stop_token_ids must be at least 0"),
+    ],
+)
+def test_out_of_range(field: str, value: object, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]  # the values are wrong on purpose
+    assert caught.value.field == field
