@@ -34,7 +34,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py engine/model/attentio
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing what the tests need"
-	$(BIN)/pip install --quiet --editable ".[dev,train]"
+	$(BIN)/pip install --quiet --editable ".[dev,train,bench]"
 	@touch $@
 
 install: $(VENV)/.installed ## the virtual environment with ropeway in it
@@ -59,6 +59,7 @@ format: $(VENV)/.dev ## lay the code out and mend what can be mended
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed ## latency and throughput on this machine
+	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/ropeway bench latency
 	$(BIN)/ropeway bench throughput
 

@@ -85,13 +85,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             )
         if "" in self.stop:
             raise InvalidRequest("stop must not hold an empty string", "stop")
+        if any("\ud800" <= character <= "\udfff" for text in self.stop for character in text):
+            raise InvalidRequest("stop must be valid Unicode, got a lone surrogate", "stop")
         for token_id in self.stop_token_ids:
             self._within("stop_token_ids", token_id, 0, MAX_INT)
 
     @staticmethod
-    def _within(
-        field: str, value: float, low: float, high: float, open_low: bool = False
-    ) -> None:
+    def _within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
         # Comparisons with NaN are false, so it is never within.
         if (low < value if open_low else low <= value) and value <= high:
             return

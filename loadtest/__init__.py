@@ -1,0 +1,1 @@
+"""Measures what the engine and the server do: `ropeway bench`."""

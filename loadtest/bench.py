@@ -112,9 +112,7 @@ def measure(
             for path, each in runs.items():
                 result = {"path": path, **asdict(workload), **figures(each)}
                 result["read_limit_tokens_per_s"] = round(limit, 1)
-                result["of_read_limit"] = round(
-                    result["decode_tokens_per_s"]["median"] / limit, 3
-                )
+                result["of_read_limit"] = round(result["decode_tokens_per_s"]["median"] / limit, 3)
                 results.append(result)
     return {
         "model": {"name": info.model, "parameters": info.num_parameters},

@@ -27,7 +27,7 @@ class Machine:
 
     processor: str
     threads: int
-    torch: str
+    torch_version: str
     read_gb_s: float
     gemm_gflop_s: float
 
@@ -41,7 +41,7 @@ class Machine:
         return cls(
             processor=_processor(),
             threads=torch.get_num_threads(),
-            torch=torch.__version__,
+            torch_version=torch.__version__,
             read_gb_s=round(read / 1e9, 1),
             gemm_gflop_s=round(gemm / 1e9, 1),
         )

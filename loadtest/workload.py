@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
@@ -67,7 +68,7 @@ class Measured:
         return [
             later - earlier
             for times in self.arrivals.values()
-            for earlier, later in zip(times, times[1:], strict=False)
+            for earlier, later in pairwise(times)
         ]
 
     @property
@@ -163,4 +164,3 @@ async def _wait_ready(url: str, process: subprocess.Popen[bytes], timeout: float
                 pass
             await asyncio.sleep(0.05)
     raise RuntimeError(f"the server was not ready within {timeout} s")
-

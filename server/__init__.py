@@ -1,0 +1,1 @@
+"""Ropeway over HTTP, and its command line. Imports engine, never PyTorch."""

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from engine.config import ModelConfig
 from engine.model.gpt2 import GPT2
 
-WORDS = [b"he", b"the", b" the", b"in", b"er", b" a", b"ou", b"\xc3\xa9", b" \xe2\x82", b"ab", b"abc"]
+WORDS = [b"he", b"the", b" the", b"in", b"er", b" a", b"ou", b"ab", b"abc"]
+WORDS += ["é".encode(), " €".encode()[:3]]
 EOS = 256 + len(WORDS)
 VOCAB_SIZE = EOS + 1
 

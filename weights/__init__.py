@@ -1,0 +1,1 @@
+"""Checkpoints: how the default model is made; formats as data."""

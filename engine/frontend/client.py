@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from engine.errors import EngineDead, EngineError, EngineStarting, EngineStartError, QueueFull
+from engine.errors import EngineDead, EngineError, EngineStartError, EngineStarting, QueueFull
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer

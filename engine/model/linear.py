@@ -78,12 +78,12 @@ class TiledProduct(Product):
         self._weight = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._activation = activation
-        self._tile_rows = tile_rows
+        self.tile_rows = tile_rows
 
     def __call__(self, rows: Tensor) -> Tensor:
         """See Product."""
-        missing = -len(rows) % self._tile_rows
-        tiles = torch.split(F.pad(rows, (0, 0, 0, missing)), self._tile_rows)
+        missing = -len(rows) % self.tile_rows
+        tiles = torch.split(F.pad(rows, (0, 0, 0, missing)), self.tile_rows)
         out = torch.cat([F.linear(tile, self._weight, self._bias) for tile in tiles])[: len(rows)]
         if self._activation is None:
             return out

@@ -76,9 +76,9 @@ def add(core: EngineCore, name: str, prompt: list[int], params: SamplingParams) 
     )
 
 
-def run(core: EngineCore, arrivals: dict[int, list[tuple[str, list[int], SamplingParams]]]) -> dict[
-    str, list[EngineOutput]
-]:
+def run(
+    core: EngineCore, arrivals: dict[int, list[tuple[str, list[int], SamplingParams]]]
+) -> dict[str, list[EngineOutput]]:
     """Step until done; `arrivals[n]` come before step n."""
     outputs: dict[str, list[EngineOutput]] = {}
     step = 0
@@ -147,7 +147,6 @@ def test_bits_do_not_depend_on_company(tiny_model_dir: Path, dtype: str) -> None
     ]
 
     def outcome(pages: int, max_num_seqs: int, budget: int) -> tuple[dict[str, object], int]:
-        core = engine(tiny_model_dir, pages=pages, max_num_seqs=max_num_seqs, budget=budget)
         core = EngineCore(
             EngineConfig(
                 model_dir=str(tiny_model_dir),

@@ -48,7 +48,8 @@ def convert(theirs: GPTNeoXForCausalLM, config: ModelConfig, directory: Path) ->
                 if our_name == "qkv":
                     tensor = per_kind(tensor, config)
                 ours[f"blocks.{layer}.{our_name}.{kind}"] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in ours.items()}, directory / "model.safetensors")
+    ours = {name: tensor.contiguous() for name, tensor in ours.items()}
+    save_file(ours, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config.to_dict()))
     write_tokenizer(directory)
 

@@ -163,16 +163,23 @@ inline void rotate(float *out, const float *x, const float *cos, const float *si
     for (int i = 2 * half; i < dim; ++i) out[i] = x[i];
 }
 
+template <int ROWS, int COUNT, class T>
+inline void fetch(const T *from) {
+    if constexpr (ROWS == 1)
+        for (unsigned i = 0; i < COUNT * sizeof(T); i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+}
+
 typedef float Queries[MAX_HEAD_DIM];
 typedef float Weights[MAX_BLOCK];
 
 // scores[row][slot] = query[row] . key[slot], dimension after dimension, for COLS vectors of slots.
 template <int ROWS, int COLS, class T>
-inline void score_slots(const T *keys, int block, int dim, const Queries *query, Weights *scores, int slot) {
+inline void score_slots(const T *keys, const T *ahead, int block, int dim, const Queries *query, Weights *scores, int slot) {
     Vec sum[ROWS][COLS] = {};
     for (int d = 0; d < dim; ++d) {
         Vec key[COLS];
         for (int c = 0; c < COLS; ++c) load(keys + d * block + slot + c * LANES, key[c]);
+        fetch<ROWS, COLS * LANES>(ahead + d * block + slot);
         for (int r = 0; r < ROWS; ++r)
             for (int c = 0; c < COLS; ++c) sum[r][c] = madd(key[c], all(query[r][d]), sum[r][c]);
     }
@@ -182,16 +189,16 @@ inline void score_slots(const T *keys, int block, int dim, const Queries *query,
 
 // As wide as the registers allow, then narrower: slots that no row sees are not loaded.
 template <int ROWS, int COLS, class T>
-inline void score(const T *keys, int block, int dim, const Queries *query, Weights *scores, int slot, int end) {
+inline void score(const T *keys, const T *ahead, int block, int dim, const Queries *query, Weights *scores, int slot, int end) {
     for (; slot + COLS * LANES <= end; slot += COLS * LANES)
-        score_slots<ROWS, COLS>(keys, block, dim, query, scores, slot);
-    if constexpr (COLS > 1) score<ROWS, COLS / 2>(keys, block, dim, query, scores, slot, end);
+        score_slots<ROWS, COLS>(keys, ahead, block, dim, query, scores, slot);
+    if constexpr (COLS > 1) score<ROWS, COLS / 2>(keys, ahead, block, dim, query, scores, slot, end);
 }
 
 // out[row] = out[row] * decay[row] + sum over slots of weight[row][slot] * value[slot], slot after
 // slot, for COLS vectors of dimensions. V is Vec, or float for what is left of an odd head_dim.
 template <class V, int ROWS, int COLS, class T>
-inline void sum_dims(const T *values, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
+inline void sum_dims(const T *values, const T *ahead, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
     constexpr int WIDTH = sizeof(V) / sizeof(float);
     V sum[ROWS][COLS];
     for (int r = 0; r < ROWS; ++r)
@@ -202,6 +209,7 @@ inline void sum_dims(const T *values, int slots, int dim, const Weights *weights
     for (int s = 0; s < slots; ++s) {
         V value[COLS];
         for (int c = 0; c < COLS; ++c) load(values + s * dim + d + c * WIDTH, value[c]);
+        fetch<ROWS, COLS * WIDTH>(ahead + s * dim + d);
         for (int r = 0; r < ROWS; ++r)
             for (int c = 0; c < COLS; ++c) sum[r][c] = madd(value[c], weights[r][s] - V{}, sum[r][c]);
     }
@@ -210,13 +218,13 @@ inline void sum_dims(const T *values, int slots, int dim, const Weights *weights
 }
 
 template <int ROWS, int COLS, class T>
-inline void sum_values(const T *values, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
+inline void sum_values(const T *values, const T *ahead, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
     for (; d + COLS * LANES <= dim; d += COLS * LANES)
-        sum_dims<Vec, ROWS, COLS>(values, slots, dim, weights, decay, out, d);
+        sum_dims<Vec, ROWS, COLS>(values, ahead, slots, dim, weights, decay, out, d);
     if constexpr (COLS > 1)
-        sum_values<ROWS, COLS / 2>(values, slots, dim, weights, decay, out, d);
+        sum_values<ROWS, COLS / 2>(values, ahead, slots, dim, weights, decay, out, d);
     else
-        for (; d < dim; ++d) sum_dims<float, ROWS, 1>(values, slots, dim, weights, decay, out, d);
+        for (; d < dim; ++d) sum_dims<float, ROWS, 1>(values, ahead, slots, dim, weights, decay, out, d);
 }
 
 // What a row of one head carries from page to page.
@@ -275,9 +283,9 @@ inline void attend_page(const RopewayLayer &layer, const T *keys, const T *value
     }
     const int slots = smaller(block, distance + ROWS);  // that the last row sees
     const int end = (slots + LANES - 1) / LANES * LANES;
-    score<ROWS, COLS>(keys, block, dim, query, weights, 0, end);
+    score<ROWS, COLS>(keys, values, block, dim, query, weights, 0, end);
     weigh<ROWS>(weights, distance + 1, slots, end, rows, decay);
-    sum_values<ROWS, COLS>(values, slots, dim, weights, decay, rows.out, 0);
+    sum_values<ROWS, COLS>(values, keys + dim * block, slots, dim, weights, decay, rows.out, 0);
 }
 
 // Rows first .. rows - 1 of one head see one page; row 0 is `distance` after its base.

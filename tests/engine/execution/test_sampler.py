@@ -70,9 +70,7 @@ def assert_distribution(counts: np.ndarray, expected: np.ndarray) -> None:
         ),
     ],
 )
-def test_philox(
-    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
+def test_philox(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
     words = philox(np.array([counter], np.uint64).T, np.array([key], np.uint64).T)
     assert tuple(words[:, 0].tolist()) == expected
 
@@ -182,7 +180,7 @@ def test_top_logprobs() -> None:
     params = SamplingParams(temperature=0, logprobs=3)
     (token,) = Sampler(VOCAB).sample(LOGITS[None].clone(), [request(params)])
     assert token.logprobs is not None
-    assert [token_id for token_id, _ in token.logprobs.top][0] == 0
+    assert token.logprobs.top[0][0] == 0
     assert math.isclose(token.logprobs.top[0][1], token.logprobs.logprob)
     assert len(token.logprobs.top) == 3
 

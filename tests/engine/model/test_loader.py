@@ -149,10 +149,10 @@ def test_bad_files(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere", torch.float32)
     write_model(tmp_path, tiny_config())
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read as safetensors"):
         load_model(tmp_path, torch.float32)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_model(tmp_path, torch.float32)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected a JSON object, got list"):

@@ -57,9 +57,10 @@ def test_page_relative_scores(seed: int, position: int, distance: int, offset: i
     """(R(t - b) q) . (R(o) k) is (R(t) q) . (R(p) k), p = b + o, to 1e-6 |q| |k|."""
     generator = torch.Generator().manual_seed(seed)
     query, key = torch.randn(2, DIM, generator=generator, dtype=torch.float64)
-    relative = rotate(query.float(), *angles(distance + offset)).double() @ rotate(
-        key.float(), *angles(offset)
-    ).double()
+    relative = (
+        rotate(query.float(), *angles(distance + offset)).double()
+        @ rotate(key.float(), *angles(offset)).double()
+    )
 
     def exact(x: torch.Tensor, at: int) -> torch.Tensor:
         angle = at * INV_FREQ

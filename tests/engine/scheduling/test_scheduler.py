@@ -15,9 +15,9 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 
 
-def make(num_blocks: int = 32, max_num_seqs: int = 4, budget: int = 16, block_size: int = 4) -> (
-    Scheduler
-):
+def make(
+    num_blocks: int = 32, max_num_seqs: int = 4, budget: int = 16, block_size: int = 4
+) -> Scheduler:
     config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
     return Scheduler(config, BlockPool(num_blocks, block_size))
 

@@ -102,7 +102,7 @@ def plans(draw: st.DrawFn) -> list[list[Chunk]]:
     threads=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 1000),
 )
-def test_cutting_changes_no_bit(  # noqa: PLR0917
+def test_cutting_changes_no_bit(
     make_backend: MakeBackend,
     steps: list[list[Chunk]],
     shape: tuple[int, int, int, int],

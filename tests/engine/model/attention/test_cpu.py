@@ -102,11 +102,12 @@ def test_tensors_of_the_wrong_kind_are_refused(
     sequences: Sequences, kernel: cpu.CPUBackend
 ) -> None:
     metadata = sequences.metadata(sequences.whole())
-    for rows in (sequences.qkv[0].double(), sequences.qkv[0][:-1], sequences.qkv[0].T.clone().T):
+    rows = sequences.qkv[0]
+    for wrong in (rows.double(), rows[:-1], rows.T.contiguous().T):
         with pytest.raises(ValueError, match="qkv must be"):
-            kernel.forward(0, rows, metadata)
+            kernel.forward(0, wrong, metadata)
     with pytest.raises(ValueError, match="positions must be"):
-        kernel.forward(0, sequences.qkv[0], replace(metadata, positions=metadata.positions.long()))
+        kernel.forward(0, rows, replace(metadata, positions=metadata.positions.long()))
 
 
 def test_powers_of_two() -> None:

@@ -1,0 +1,338 @@
+"""The command line: the composition root, and the only file that reads the environment."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.errors import ConfigError, RequestError, RopewayError
+from engine.frontend.process import EngineProcess
+from engine.frontend.tokenizer import Tokenizer
+from engine.messages import EngineReady
+from engine.request import SamplingParams
+from server.panel import show
+from server.peer import PeerConfig, PeerProcess
+from server.settings import ServerSettings
+from server.sizes import parse_size
+
+BACKLOG = 2048
+STOP_SECONDS = 5.0
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+"""Exit codes, besides 0."""
+
+CONFIGS = (EngineConfig, CacheConfig, SchedulerConfig)
+OPTIONS = {
+    *(
+        field.name
+        for kind in (EngineConfig, CacheConfig, SchedulerConfig)
+        for field in fields(kind)
+    ),
+    *SamplingParams.__struct_fields__,
+}
+"""Settings that are options; errors begin with their names."""
+
+SCHEDULER = SchedulerConfig()
+SERVER = ServerSettings()
+SAMPLING = SamplingParams()
+
+app = typer.Typer(
+    name="ropeway",
+    help="Serve GPT-2-family models that were trained with rotary position embeddings.",
+    epilog="Options can be set by environment variables: ROPEWAY_SERVE_PORT is `serve --port`.",
+    no_args_is_help=True,
+    context_settings={"auto_envvar_prefix": "ROPEWAY", "help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The `ropeway` command."""
+    app()
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """One clear line, and the end."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def reported() -> Generator[None, None, None]:
+    """Turn an error into one line: 2 where an option is at fault, 1 where anything else is."""
+    try:
+        yield
+    except (ConfigError, RequestError) as error:
+        name, _, rest = str(error).partition(" ")
+        if name in OPTIONS:
+            fail(f"--{name.replace('_', '-')} {rest}", MISUSED)
+        fail(str(error), MISUSED if isinstance(error, RequestError) else FAILED)
+    except RopewayError as error:
+        fail(str(error), FAILED)
+
+
+def option(*names: str, **settings: Any) -> Any:
+    """An option; its environment variable works but would drown its help."""
+    return typer.Option(*names, show_envvar=False, **settings)
+
+
+def size_option(text: str) -> int:
+    """A parser for typer."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def model_directory(model: Path | None) -> Path:
+    """The directory, or that of the shipped model."""
+    directory = Path(str(resources.files("weights") / "default")) if model is None else model
+    if not directory.is_dir():
+        fail(f"{directory} is not a model directory", FAILED)
+    return directory
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket: clients can connect before anything else is there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        fail(f"cannot listen on {host}:{port}: {error.strerror or error}", FAILED)
+
+
+ModelOption = Annotated[
+    Path | None, option(metavar="DIR", help="Model directory.", show_default="the shipped")
+]
+DeviceOption = Annotated[Device, option(help="Where the model runs.")]
+DTypeOption = Annotated[
+    DType, option(help="auto: bfloat16 where the hardware multiplies it, else float32.")
+]
+KvMemoryOption = Annotated[
+    int | None,
+    option(
+        parser=size_option,
+        metavar="SIZE",
+        help="Memory for the cache, such as 512MiB or 2GiB. Default: whole contexts for all that "
+        "run at once, at most half of what is free.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, option(help="CPU threads of the engine.", show_default="one per core")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, option("--version", help="Show the version.")] = False,
+) -> None:
+    """Options of the program itself."""
+    if version:
+        typer.echo(f"ropeway {package_version()}")
+        raise typer.Exit
+
+
+def package_version() -> str:
+    """Of the installed distribution."""
+    return metadata.version("ropeway")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="MODEL", show_envvar=False, help="Model directory.", show_default="the shipped"
+        ),
+    ] = None,
+    *,
+    host: Annotated[str, option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = "auto",
+    kv_memory: KvMemoryOption = None,
+    max_num_seqs: Annotated[
+        int, option(help="Requests that run at once.")
+    ] = SCHEDULER.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int, option(help="Tokens in one step, of prompts and outputs together.")
+    ] = SCHEDULER.max_num_batched_tokens,
+    max_queue: Annotated[
+        int, option(min=0, help="Requests that may wait; beyond them the answer is 429.")
+    ] = SERVER.max_queue,
+    threads: ThreadsOption = None,
+    block_size: Annotated[
+        int, option(help="Tokens in a page of the cache: 16, 32 or 64.")
+    ] = CacheConfig().block_size,
+    api_workers: Annotated[int, option(min=1, help="HTTP processes, which share --max-queue.")] = 1,
+    drain_timeout: Annotated[
+        float, option(min=0, help="Seconds that running streams get once told to stop.")
+    ] = SERVER.drain_seconds,
+) -> None:
+    """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest."""
+    began = time.monotonic()
+    directory = model_directory(model)
+    with reported():
+        tokenizer = Tokenizer.from_directory(directory)
+        config = EngineConfig(
+            model_dir=str(directory),
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
+            scheduler=SchedulerConfig(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            ),
+            unused_token_ids=tuple(tokenizer.unused_ids),
+        )
+    settings = ServerSettings(max_queue=-(-max_queue // api_workers), drain_seconds=drain_timeout)
+    listener = listen(host, port)
+    bound_port = listener.getsockname()[1]
+
+    def announce(ready: EngineReady) -> None:
+        show(Console(), ready, host, bound_port, time.monotonic() - began)
+
+    process = EngineProcess(config)
+    peers: list[PeerProcess] = []
+    patience = 0.0  # with what is still running, where we are interrupted
+    try:
+        process.start()
+        # Only now, while the engine process imports PyTorch, what takes us long to import.
+        from server.worker import HttpWorker  # noqa: PLC0415
+
+        peer = PeerConfig(
+            address=process.address,
+            model_dir=str(directory),
+            listener=listener.fileno(),
+            settings=settings,
+        )
+        peers += [PeerProcess(peer) for _ in range(api_workers - 1)]
+        worker = HttpWorker(
+            tokenizer, process.address, listener, settings, exited=process.exit_status, peers=peers
+        )
+        lived = worker.run(announce)
+        status = process.exit_status()
+        patience = 0.0 if worker.hurried else STOP_SECONDS
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        for each in peers:
+            each.stop(patience)
+        process.stop(patience)
+    if worker.hurried:
+        raise typer.Exit(INTERRUPTED)
+    if not lived:
+        if status is None:
+            fail("an HTTP worker process ended", FAILED)
+        if status == 1:  # the engine process has said what is wrong
+            raise typer.Exit(FAILED)
+        fail(f"the engine process ended with status {status}", FAILED)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str,
+        typer.Argument(show_envvar=False, help="The text to continue; - reads standard input."),
+    ],
+    *,
+    model: ModelOption = None,
+    max_tokens: Annotated[
+        int, option(help="Tokens to generate; 0: as many as the context has room for.")
+    ] = 128,
+    temperature: Annotated[
+        float, option(help="0 takes the likeliest token.")
+    ] = SAMPLING.temperature,
+    top_k: Annotated[int, option(help="Keep the k likeliest; 0: all.")] = SAMPLING.top_k,
+    top_p: Annotated[
+        float, option(help="Keep the likeliest tokens whose mass reaches p.")
+    ] = SAMPLING.top_p,
+    min_p: Annotated[
+        float, option(help="Keep tokens at least this much as likely as the likeliest.")
+    ] = SAMPLING.min_p,
+    repetition_penalty: Annotated[
+        float, option(help="Makes tokens that were there less likely.")
+    ] = SAMPLING.repetition_penalty,
+    presence_penalty: Annotated[
+        float, option(help="Subtracted once from tokens that the output has.")
+    ] = SAMPLING.presence_penalty,
+    frequency_penalty: Annotated[
+        float, option(help="Subtracted for each time that the output has a token.")
+    ] = SAMPLING.frequency_penalty,
+    seed: Annotated[int | None, option(help="Same seed, same text.")] = None,
+    stop: Annotated[
+        list[str] | None, option(help="Text that ends the output; may be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, option("--ignore-eos", help="Go on after the model's end token.")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = "auto",
+    kv_memory: KvMemoryOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Continue a prompt in the terminal, without a server; the speed goes to standard error."""
+    directory = model_directory(model)
+    with reported():
+        params = SamplingParams(
+            max_tokens=max_tokens or None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop=tuple(stop or ()),
+            ignore_eos=ignore_eos,
+        )
+        # This loads PyTorch, which the other commands do without.
+        from engine.llm import LLM  # noqa: PLC0415
+
+        llm = LLM(directory, device, dtype, kv_memory, threads=threads, max_num_seqs=1)
+        began = time.monotonic()
+        moments = []
+        text = sys.stdin.read() if prompt == "-" else prompt
+        for delta in llm.stream(text, params):
+            moments.append(time.monotonic())
+            typer.echo(delta.text, nl=False)
+        typer.echo()
+    first, rest = moments[0] - began, moments[-1] - moments[0]
+    speed = f", then {(len(moments) - 1) / rest:.1f} tokens/s" if rest else ""
+    typer.echo(f"{len(moments)} tokens: first after {first:.3f} s{speed}", err=True)
+
+
+FORWARD = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+"""Of commands that hand all their arguments on."""
+
+
+@app.command(context_settings=FORWARD)
+def bench(context: typer.Context) -> None:
+    """Measure latency and throughput on this machine, offline and over HTTP."""
+    from loadtest.bench import app as bench_app  # noqa: PLC0415
+
+    bench_app(context.args, prog_name="ropeway bench")
+
+
+@app.command(context_settings=FORWARD)
+def train(context: typer.Context) -> None:
+    """Train a model of this family, as the shipped one was."""
+    from weights.train import main as train_main  # noqa: PLC0415
+
+    sys.argv = ["ropeway train", *context.args]
+    train_main()

@@ -1,0 +1,150 @@
+"""Every error as one JSON shape: {"error": {"code", "message", "field"}}."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from engine.errors import (
+    Draining,
+    EngineError,
+    EngineStarting,
+    QueueFull,
+    RequestError,
+    RopewayError,
+)
+from server.schemas import ErrorBody
+
+RETRY_SECONDS = 1
+SHOWN_CHARACTERS = 80
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "The body is not JSON.",
+        413: "The body is too large.",
+        415: "The body is not said to be JSON.",
+        422: "A field is unknown, of the wrong type or out of range, or the context is too short.",
+        429: "Too many requests wait already; Retry-After says when to try again.",
+        503: "The engine is starting or gone, or the server is shutting down.",
+    }.items()
+}
+"""For `responses=` of routes that take a body."""
+
+
+class ApiError(HTTPException):
+    """An error of HTTP itself, with a code of its own."""
+
+    def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
+        super().__init__(status, message)
+        self.code = code
+
+
+def error_response(
+    status: int,
+    code: str,
+    message: str,
+    field: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The one shape. ASCII only: a message may quote what no UTF-8 can hold."""
+    body = json.dumps({"error": {"code": code, "message": message, "field": field}})
+    return Response(body, status, headers, media_type="application/json")
+
+
+def status_of(error: RopewayError) -> int:
+    """The HTTP status that says whose fault an error is."""
+    if isinstance(error, RequestError):
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    if isinstance(error, QueueFull):
+        return HTTPStatus.TOO_MANY_REQUESTS
+    if isinstance(error, EngineError):
+        return HTTPStatus.SERVICE_UNAVAILABLE
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def ropeway_response(error: RopewayError) -> Response:
+    """The answer to an error of the engine's tree."""
+    again = isinstance(error, QueueFull | EngineStarting | Draining)
+    return error_response(
+        status_of(error),
+        error.code,
+        str(error),
+        error.field if isinstance(error, RequestError) else None,
+        {"Retry-After": str(RETRY_SECONDS)} if again else None,
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception in the one shape."""
+
+    async def on_ropeway(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RopewayError)
+        return ropeway_response(error)
+
+    async def on_invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _validation_response(error)
+
+    async def on_http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = error.code if isinstance(error, ApiError) else _code(error.status_code)
+        return error_response(error.status_code, code, error.detail, None, error.headers)
+
+    async def on_bug(_: Request, __: Exception) -> Response:
+        # Starlette raises it again after this answer, so that the log has the traceback.
+        return error_response(500, "internal_error", "internal error; the server's log says more")
+
+    app.add_exception_handler(RopewayError, on_ropeway)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_bug)
+
+
+def _code(status: int) -> str:
+    return re.sub(r"[^a-z]+", "_", HTTPStatus(status).phrase.lower())
+
+
+def _validation_response(error: RequestValidationError) -> Response:
+    """Name the first fault: its field and its value."""
+    fault = error.errors()[0]
+    if fault["type"] == "json_invalid":
+        at = fault["loc"][-1]
+        message = f"the body is not valid JSON: {fault['ctx']['error']} at character {at}"
+        return error_response(HTTPStatus.BAD_REQUEST, "invalid_json", message)
+    field = _path(fault["loc"][1:])
+    match fault["type"]:
+        case "string_unicode" if not field:
+            message = f"{_shown(fault['input'])} is not a field of this request"
+        case _ if not field:
+            message = "the body must be a JSON object"
+        case "missing":
+            message = f"{field} is required"
+        case "extra_forbidden":
+            message = f"{field} is not a field of this request"
+        case _:
+            reason = fault["msg"].removeprefix("Input ")
+            message = f"{field} {reason}, got {_shown(fault['input'])}"
+    return error_response(
+        HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message, field or None
+    )
+
+
+def _path(location: tuple[str | int, ...]) -> str:
+    """('stop', 2) -> stop[2]"""
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in location
+    ).removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

@@ -1,0 +1,68 @@
+"""For those who run the server: probes, metrics, tokenising."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Depends, Response
+
+from engine.errors import InvalidRequest
+from server.content import require_json
+from server.errors import DOCUMENTED
+from server.metrics import CONTENT_TYPE
+from server.schemas import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorBody,
+    StatusResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from server.service import ServiceDep
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health", responses={503: {"model": ErrorBody}})
+async def health(service: ServiceDep) -> StatusResponse:
+    """Whether the server is alive: 503 once the engine is gone for good."""
+    if service.engine.error is not None:
+        raise service.engine.error
+    return StatusResponse(status="ok")
+
+
+@router.get("/ready", responses={503: {"model": ErrorBody}})
+async def ready(service: ServiceDep) -> StatusResponse:
+    """Whether a request would be served now: 503 while the model loads and while draining."""
+    service.check_ready()
+    return StatusResponse(status="ready")
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(service: ServiceDep) -> Response:
+    """Prometheus metrics of this HTTP process and of the engine."""
+    return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@router.post("/tokenize", responses=DOCUMENTED, dependencies=[Depends(require_json)])
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeResponse:
+    """Text to token ids."""
+    # In a thread: a long text takes a while, and tiktoken lets other threads run.
+    try:
+        token_ids = await asyncio.to_thread(service.engine.tokenizer.encode, body.text)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"text is not valid Unicode: {error}", "text") from error
+    return TokenizeResponse(token_ids=token_ids)
+
+
+@router.post("/detokenize", responses=DOCUMENTED, dependencies=[Depends(require_json)])
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeResponse:
+    """Token ids to text."""
+    tokenizer = service.engine.tokenizer
+    for at, token_id in enumerate(body.token_ids):
+        if token_id not in tokenizer:
+            raise InvalidRequest(
+                f"token_ids[{at}] is {token_id}; the tokenizer has ids 0 to {len(tokenizer) - 1}",
+                "token_ids",
+            )
+    return DetokenizeResponse(text=tokenizer.decode(body.token_ids))

@@ -1,0 +1,20 @@
+"""What an HTTP process is told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Limits of one HTTP process.
+
+    max_queue: requests that may wait beyond those that run; max_body_bytes: of a request's body;
+    keep_alive_seconds: silence after which a waiting stream gets a comment, so that no proxy takes
+    it for dead; drain_seconds: how long running streams may go on once the server is told to stop.
+    """
+
+    max_queue: int = 1024
+    max_body_bytes: int = 1 << 20
+    keep_alive_seconds: float = 15.0
+    drain_seconds: float = 30.0

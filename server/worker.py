@@ -1,0 +1,170 @@
+"""One HTTP process: uvicorn and an AsyncEngine in one event loop, from start to drained."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import uvicorn
+import uvloop
+
+from engine.errors import Draining, EngineDead
+from engine.frontend.client import AsyncEngine
+from engine.frontend.tokenizer import Tokenizer
+from engine.messages import EngineReady
+from server.app import create_app
+from server.peer import PeerConfig, PeerProcess
+from server.settings import ServerSettings
+
+TICK_SECONDS = 0.05
+FLUSH_SECONDS = 3
+"""What a client may take, at the end, to read the last bytes of its answer."""
+
+IDLE_SECONDS = 75
+"""How long a connection may stay open between two requests."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: we drain before we stop it."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave them alone."""
+        yield
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is not complete."""
+        return bool(self.server_state.tasks)
+
+    async def end(self, serving: asyncio.Task[None], seconds: float) -> None:
+        """Close what is idle, give responses some seconds to be read, cut off what is left."""
+        self.should_exit = True
+        await asyncio.wait((serving,), timeout=seconds)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await serving
+
+
+class HttpWorker:
+    """Serves until it is told to stop or the engine dies."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        address: str,
+        listener: socket.socket,
+        settings: ServerSettings,
+        *,
+        exited: Callable[[], int | None] = lambda: None,
+        peers: Sequence[PeerProcess] = (),
+    ) -> None:
+        """address: the engine's; listener: listens already, and may be shared with peers.
+
+        exited: the engine process's exit status, None while it lives. peers: drained with us.
+        """
+        self._tokenizer = tokenizer
+        self._address = address
+        self._listener = listener
+        self._settings = settings
+        self._exited = exited
+        self._peers = peers
+        self._stops = 0
+
+    def stop(self) -> None:
+        """Drain and end; a second call ends at once. For signal handlers."""
+        self._stops += 1
+
+    @property
+    def hurried(self) -> bool:
+        """Whether stop() was called twice."""
+        return self._stops > 1
+
+    def run(
+        self, on_ready: Callable[[EngineReady], None] = lambda _: None, parent: int | None = None
+    ) -> bool:
+        """Serve. True if the engine and the peers lived until we were told to stop.
+
+        on_ready: called once. parent: a file descriptor; its end tells us to stop.
+        """
+        return uvloop.run(self._run(on_ready, parent))
+
+    async def _run(self, on_ready: Callable[[EngineReady], None], parent: int | None) -> bool:
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self.stop)
+        if parent is not None:
+            loop.add_reader(parent, self._lose_parent, parent)
+        engine = AsyncEngine(self._tokenizer, self._address, max_queue=self._settings.max_queue)
+        app = create_app(engine, self._settings, self._exited)
+        server = Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=IDLE_SECONDS,
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[self._listener]))
+        lived = await self._until_stopped(engine, on_ready)
+        app.state.service.drain()
+        for peer in self._peers:
+            peer.drain()
+        await self._until_drained(engine, server)
+        engine.fail(Draining(f"the server shut down; it waited {self._settings.drain_seconds:g} s"))
+        await server.end(serving, 0.0 if self.hurried else FLUSH_SECONDS)
+        return lived
+
+    def _lose_parent(self, parent: int) -> None:
+        asyncio.get_running_loop().remove_reader(parent)
+        self.stop()
+
+    async def _until_stopped(
+        self, engine: AsyncEngine, on_ready: Callable[[EngineReady], None]
+    ) -> bool:
+        announced = False
+        while not self._stops:
+            if not announced and engine.ready is not None:
+                announced = True
+                on_ready(engine.ready)
+            if engine.ready is not None and (status := self._exited()) is not None:
+                engine.fail(EngineDead(f"the engine process ended with status {status}"))
+            if not engine.alive or any(peer.exit_status() is not None for peer in self._peers):
+                return False
+            await asyncio.sleep(TICK_SECONDS)
+        return True
+
+    async def _until_drained(self, engine: AsyncEngine, server: Server) -> None:
+        """Give running streams a while to end by themselves."""
+        deadline = time.monotonic() + (self._settings.drain_seconds if engine.alive else 0.0)
+        while server.busy or any(peer.exit_status() is None for peer in self._peers):
+            if self.hurried or time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(TICK_SECONDS)
+
+
+def main() -> int:
+    """A peer: configuration on standard input, whose end tells it to stop."""
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=PeerConfig)
+    worker = HttpWorker(
+        Tokenizer.from_directory(Path(config.model_dir)),
+        config.address,
+        socket.socket(fileno=config.listener),
+        config.settings,
+    )
+    return 0 if worker.run(parent=sys.stdin.fileno()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

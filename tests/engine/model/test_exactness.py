@@ -1,0 +1,67 @@
+"""The whole network as it serves: a token's logits are the same bits however the work is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.model.gpt2 import GPT2
+from engine.model.linear import pack
+from tests.engine.model.attention.steps import (
+    Chunk,
+    MakeBackend,
+    Sequences,
+    make_backend,
+)
+from tests.models import random_model, tiny_config
+
+__all__ = ["make_backend"]
+
+LENGTHS = [150, 9]
+PLANS: dict[str, list[list[Chunk]]] = {
+    "chunks": [[(0, 0, 70), (1, 0, 1)], [(1, 1, 9)], [(0, 70, 73)], [(0, 73, 150)]],
+    "one by one": [[(0, p, p + 1)] for p in range(150)] + [[(1, p, p + 1)] for p in range(9)],
+    "in company": [[(0, 0, 141)], *([(1, p, p + 1), (0, 141 + p, 142 + p)] for p in range(9))],
+}
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+
+
+def _logits(
+    model: GPT2, make: MakeBackend, dtype: torch.dtype, plan: list[list[Chunk]]
+) -> list[Tensor]:
+    """Logits of every token, by sequence."""
+    places = Sequences.random(model.config, LENGTHS, 64, dtype)
+    token_ids = [torch.arange(length) % 200 + seq for seq, length in enumerate(LENGTHS)]
+    backend = places.build(make)
+    rows: list[list[Tensor]] = [[] for _ in LENGTHS]
+    for chunks in plan:
+        ids = torch.cat([token_ids[seq][first:end] for seq, first, end in chunks])
+        logits = model.logits(model(ids, backend.bind(places.metadata(chunks))))
+        sizes = [end - first for _, first, end in chunks]
+        for (seq, _, _), part in zip(chunks, logits.split(sizes), strict=True):
+            rows[seq].append(part)
+    return [torch.cat(parts) for parts in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("plan", "threads"), [("chunks", 3), ("one by one", 1), ("in company", 2)])
+def test_logits_do_not_depend_on_how_the_work_is_cut(
+    make_backend: MakeBackend, dtype: torch.dtype, plan: str, threads: int
+) -> None:
+    model = random_model(tiny_config()).to(dtype)
+    pack(model)
+    torch.set_num_threads(2)
+    expected = _logits(model, make_backend, dtype, [[(0, 0, 150), (1, 0, 9)]])
+    torch.set_num_threads(threads)
+    actual = _logits(model, make_backend, dtype, PLANS[plan])
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -1,0 +1,134 @@
+"""POST /generate before a played engine: the wire format."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from engine.messages import AddRequest, EngineOutput, TokenLogprobs
+from engine.request import FinishReason
+from tests.server.conftest import Served, parse_events
+from tests.server.fake_engine import EOS
+
+
+async def test_events_are_those_of_the_contract(served: Served) -> None:
+    async with served.http.stream("POST", "/generate", json={"prompt": "ab"}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-store"
+        assert response.headers["x-accel-buffering"] == "no"
+        request = await served.fake.expect(AddRequest)
+        assert response.headers["x-request-id"] == request.request_id
+        assert request.prompt_token_ids == list(b"ab")
+        await served.fake.say(request, b"hi", end=FinishReason.LENGTH)
+        body = "".join([part async for part in response.aiter_text()])
+    first, second, done = parse_events(body)
+    assert body.startswith('id: 0\nevent: token\ndata: {"index":0,"token_id":104,"text":"h"}\n\n')
+    assert (second.id, second.event) == ("1", "token")
+    assert second.data == {"index": 1, "token_id": ord("i"), "text": "i"}
+    assert first.data["index"] == 0
+    assert (done.id, done.event) == (None, "done")
+    assert done.data["finish_reason"] == "length"
+    assert done.data["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    timing = done.data["timing"]
+    assert timing["queue_s"] == 0.25
+    assert 0 < timing["first_token_s"] <= timing["total_s"] < 5
+
+
+async def test_json_has_the_same_content(served: Served) -> None:
+    body = {"prompt": [1, 2, 3], "stream": False, "stop_token_ids": [7]}
+    asking = asyncio.create_task(served.http.post("/generate", json=body))
+    request = await served.fake.expect(AddRequest)
+    await served.fake.say(request, [*b"hi", EOS], end=FinishReason.STOP)
+    response = await asking
+    assert response.status_code == 200
+    answer = response.json()
+    assert answer.pop("timing")["queue_s"] == 0.25
+    assert answer == {
+        "request_id": request.request_id,
+        "text": "hi",
+        "token_ids": [*b"hi", EOS],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+    }
+    assert response.headers["x-request-id"] == request.request_id
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_logprobs_where_asked_for(served: Served, stream: bool) -> None:
+    body = {"prompt": "a", "logprobs": 2, "stream": stream}
+    asking = asyncio.create_task(served.http.post("/generate", json=body))
+    request = await served.fake.expect(AddRequest)
+    assert request.params.logprobs == 2
+    logprobs = TokenLogprobs(-0.5, [(0x62, -0.5), (0xC3, -1.5)])
+    await served.fake.step(
+        EngineOutput(request.request_id, 0, 0x62, FinishReason.LENGTH, logprobs, 0.0)
+    )
+    response = await asking
+    top = [
+        {"token_id": 0x62, "token": "b", "logprob": -0.5},
+        {"token_id": 0xC3, "token": "\ufffd", "logprob": -1.5},
+    ]
+    if stream:
+        token, _ = parse_events(response.text)
+        assert token.data["logprob"] == -0.5
+        assert token.data["top_logprobs"] == top
+    else:
+        assert response.json()["logprobs"] == [
+            {"token_id": 0x62, "token": "b", "logprob": -0.5, "top_logprobs": top}
+        ]
+
+
+async def test_every_sampling_field_arrives(served: Served) -> None:
+    fields = {
+        "temperature": 1,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.3,
+        "seed": 2**64 - 1,
+        "stop_token_ids": [3, 4],
+        "max_tokens": 9,
+        "ignore_eos": True,
+        "logprobs": 0,
+    }
+    async with served.http.stream("POST", "/generate", json={"prompt": "a", "stop": "x", **fields}):
+        request = await served.fake.expect(AddRequest)
+    assert request.params.stop == ("x",)
+    assert request.seed == 2**64 - 1
+    for name, value in fields.items():
+        assert getattr(request.params, name) == (
+            tuple(value) if name == "stop_token_ids" else value
+        )
+
+
+async def test_never_half_a_character(served: Served) -> None:
+    text = "é€🚡"
+    async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
+        request = await served.fake.expect(AddRequest)
+        await served.fake.say(request, text.encode(), end=FinishReason.LENGTH)
+        events = parse_events((await response.aread()).decode())[:-1]
+    assert [event.data["text"] for event in events] == ["", "é", "", "", "€", "", "", "", "🚡"]
+
+
+async def test_lines_in_the_text_do_not_break_the_events(served: Served) -> None:
+    text = "a\n\nevent: done\r\n\u2028\0"
+    async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
+        request = await served.fake.expect(AddRequest)
+        await served.fake.say(request, text.encode(), end=FinishReason.LENGTH)
+        *tokens, done = parse_events((await response.aread()).decode())
+    assert "".join(event.data["text"] for event in tokens) == text
+    assert done.event == "done"
+
+
+async def test_silence_is_broken_by_comments(served: Served) -> None:
+    async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
+        request = await served.fake.expect(AddRequest)
+        parts = response.aiter_text()
+        assert await anext(parts) == ": waiting\n\n"
+        await served.fake.say(request, b"b", end=FinishReason.LENGTH)
+        rest = "".join([part async for part in parts])
+    assert [event.event for event in parse_events(rest)] == ["token", "done"]

@@ -1,0 +1,46 @@
+"""What /docs says about ranges is what SamplingParams enforces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.request import SamplingParams
+from server.schemas import GenerateRequest
+
+SCHEMA = GenerateRequest.model_json_schema()["properties"]
+FIELDS = SamplingParams.__struct_fields__
+
+
+def outside(value: float, step: int) -> float:
+    return value + step
+
+
+def test_the_body_has_every_field_and_default() -> None:
+    assert set(SCHEMA) == {"prompt", "stream", *FIELDS}
+    assert GenerateRequest(prompt="a").to_params() == SamplingParams()
+    assert all(SCHEMA[name].get("description") for name in SCHEMA)
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if "maximum" in SCHEMA[name]])
+def test_documented_bounds_are_the_enforced_ones(name: str) -> None:
+    schema: dict[str, Any] = SCHEMA[name]
+    inside, beyond = [schema["maximum"]], [schema["maximum"] + 1]
+    if "minimum" in schema:
+        inside.append(schema["minimum"])
+        beyond.append(schema["minimum"] - 1)
+    else:
+        beyond.append(schema["exclusiveMinimum"])
+        inside.append(schema["exclusiveMinimum"] + 1e-9)
+    for value in inside:
+        SamplingParams(**{name: value})
+    for value in beyond:
+        with pytest.raises(InvalidRequest, match=name):
+            SamplingParams(**{name: value})
+
+
+def test_numeric_fields_document_their_bounds() -> None:
+    free = {"stop", "stop_token_ids", "ignore_eos"}
+    assert {name for name in FIELDS if "maximum" not in SCHEMA[name]} == free

@@ -1,0 +1,114 @@
+"""The vocabulary: a byte-level BPE, trained with `tokenizers`, stored as tiktoken ranks.
+
+    python -m weights.bpe --corpus DIR --out MODEL_DIR
+
+Writes MODEL_DIR/tokenizer.tiktoken (a line per token: base64 of its bytes, a space, its rank) and
+MODEL_DIR/tokenizer_config.json (split pattern, special tokens).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from engine.frontend.tokenizer import Tokenizer
+from weights.corpus import read_documents
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's split, with two changes: numbers in groups of at most three digits, so that a small
+# vocabulary is not spent on years; and a line break is never joined to the word that follows it.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE of vocab_size tokens, the end-of-text token not among them."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def bytes_of_printable() -> dict[str, int]:
+    """GPT-2's stand-ins: the printable character that `tokenizers` writes for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def ranks_of(tokenizer: tokenizers.Tokenizer) -> dict[bytes, int]:
+    """Token bytes -> rank. Ids of the alphabet come first, then merges in order: ids are ranks."""
+    byte = bytes_of_printable()
+    return {bytes(byte[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
+
+
+def write_tokenizer(model_dir: Path, ranks: dict[bytes, int]) -> None:
+    """The two tokenizer files of a model directory; the end of text follows the last rank."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    lines = (
+        f"{base64.b64encode(t).decode()} {r}\n"
+        for t, r in sorted(ranks.items(), key=lambda i: i[1])
+    )
+    (model_dir / "tokenizer.tiktoken").write_text("".join(lines), encoding="ascii")
+    config = {
+        "pattern": PATTERN,
+        "special_tokens": {END_OF_TEXT: len(ranks)},
+        "eos_token_id": len(ranks),
+    }
+    (model_dir / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def _pieces(corpus: Path, repeats: int = 3) -> Iterator[str]:
+    """Training text by paragraphs, the books `repeats` times: they are the smaller part."""
+    for path in sorted((corpus / "train").glob("*.jsonl")):
+        for _ in range(1 if path.stem in ("wikipedia", "speeches") else repeats):
+            for document in read_documents(path):
+                yield from document.splitlines(keepends=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m weights.bpe", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder that weights.corpus wrote"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="model directory to write into")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, help="tokens, the end of text included"
+    )
+    options = parser.parse_args()
+    tokenizer = train_tokenizer(_pieces(options.corpus), options.vocab_size - 1)
+    write_tokenizer(options.out, ranks_of(tokenizer))
+    stored = Tokenizer.from_directory(options.out)
+    for path in sorted((options.corpus / "heldout").glob("*.jsonl")):
+        texts = read_documents(path)
+        ids = [stored.encode(text) for text in texts]
+        if ids != [tokenizer.encode(text).ids for text in texts]:
+            raise SystemExit(
+                f"tiktoken and tokenizers disagree on {path.name}: the pattern splits differently"
+            )
+        size, count = sum(len(t.encode()) for t in texts), sum(map(len, ids))
+        print(f"{path.stem}: {count:,} tokens, {size / count:.2f} bytes each")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The loss curve of a run, from its log to a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a picture in a file; no window, no display
+
+from matplotlib import pyplot
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Entries of log.jsonl. A resumed run may have logged a step twice: the last one counts."""
+    entries: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        entries[entry["step"], "held_out" in entry] = entry
+    return [entries[key] for key in sorted(entries)]
+
+
+def smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Exponential moving average; share is the weight of the newest value."""
+    smoothed: list[float] = []
+    for value in values:
+        before = smoothed[-1] if smoothed else value
+        smoothed.append(before + share * (value - before))
+    return smoothed
+
+
+def draw(entries: list[dict[str, Any]], path: Path) -> None:
+    """Training loss and held-out losses against tokens seen; the decay is shaded."""
+    steps = [entry for entry in entries if "loss" in entry]
+    measured = [entry for entry in entries if "held_out" in entry]
+    if not steps:
+        raise ValueError("the log has no steps yet")
+    figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
+    seen = [entry["tokens"] / 1e6 for entry in steps]
+    losses = [entry["loss"] for entry in steps]
+    axes.plot(seen, losses, color="tab:blue", alpha=0.2, linewidth=0.6)
+    axes.plot(seen, smooth(losses), color="tab:blue", label="training mixture (smoothed)")
+    names = sorted({name for entry in measured for name in entry["held_out"]})
+    for name, colour in zip(names, ("tab:orange", "tab:green", "tab:red"), strict=False):
+        points = [entry["held_out"][name] for entry in measured]
+        at = [entry["tokens"] / 1e6 for entry in measured]
+        axes.plot(at, points, marker="o", markersize=3, color=colour, label=f"held out: {name}")
+    decay = [
+        m for m, entry in zip(seen, steps, strict=True) if entry["length"] > steps[0]["length"]
+    ]
+    if decay:
+        axes.axvspan(decay[0], decay[-1], color="grey", alpha=0.12, label="decay, whole contexts")
+    axes.set(xlabel="million tokens", ylabel="nats per token", ylim=(min(losses) - 0.1, 7.0))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

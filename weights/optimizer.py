@@ -1,0 +1,78 @@
+"""The optimizer: Muon for the matrices of the layers, AdamW for everything else; and its schedule.
+
+Muon (Jordan et al. 2024) orthogonalises each matrix's momentum. With updates scaled to AdamW's
+usual size (Liu et al. 2025, arXiv 2502.16982, 2.2) one learning rate serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm up, stay, decay. The stay has no end of its own: decay may be asked for at any step.
+
+    warmup: steps from 0 to the peak; decay_steps: steps from the peak to 0.
+    decay_start: the first step of the decay; None while nobody has asked for it.
+    """
+
+    warmup: int
+    decay_steps: int
+    decay_start: int | None = None
+
+    def scale(self, step: int) -> float:
+        """Share of the peak learning rate at a step, in 0 .. 1."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.decay_start is None or step < self.decay_start:
+            return rise
+        return rise * max(0.0, 1 - (step - self.decay_start) / max(1, self.decay_steps))
+
+    def decaying(self, step: int) -> bool:
+        """Whether a step belongs to the decay."""
+        return self.decay_start is not None and step >= self.decay_start
+
+    def finished(self, step: int) -> bool:
+        """Whether the decay is over before this step."""
+        return self.decay_start is not None and step >= self.decay_start + self.decay_steps
+
+
+class Optimizer:
+    """Muon and AdamW as one."""
+
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.05) -> None:
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.")]
+        others = [p for name, p in named if not (p.ndim == 2 and name.startswith("blocks."))]
+        self.learning_rate = learning_rate
+        self.parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(
+                matrices,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+
+    def step(self, scale: float) -> None:
+        """One step at a share of the peak learning rate; forgets the gradients."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.learning_rate * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that load_state_dict needs to go on exactly."""
+        return {type(part).__name__: part.state_dict() for part in self.parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what state_dict gave."""
+        for part in self.parts:
+            part.load_state_dict(state[type(part).__name__])
