@@ -336,3 +336,7 @@ def train(context: typer.Context) -> None:
 
     sys.argv = ["ropeway train", *context.args]
     train_main()
+
+
+if __name__ == "__main__":
+    main()
