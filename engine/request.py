@@ -12,6 +12,8 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 SEED_BITS = 64
 MAX_INT = 2**31 - 1
+OPTIONAL = ("seed", "max_tokens", "logprobs")
+"""Integers that may be None."""
 
 
 class FinishReason(enum.StrEnum):
@@ -66,42 +68,61 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self._within("temperature", self.temperature, 0.0, 100.0)
-        self._within("top_k", self.top_k, 0, MAX_INT)
-        self._within("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        self._within("min_p", self.min_p, 0.0, 1.0)
-        self._within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        self._within("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        self._within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
-        if self.seed is not None:
-            self._within("seed", self.seed, 0, 2**SEED_BITS - 1)
-        if self.max_tokens is not None:
-            self._within("max_tokens", self.max_tokens, 1, MAX_INT)
-        if self.logprobs is not None:
-            self._within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if isinstance(self.stop, str):  # one text is meant, not its characters
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        self._check_number("temperature", 0.0, 100.0)
+        self._check_integer("top_k", 0, MAX_INT)
+        self._check_number("top_p", 0.0, 1.0, open_low=True)
+        self._check_number("min_p", 0.0, 1.0)
+        self._check_number("repetition_penalty", 0.0, 100.0, open_low=True)
+        self._check_number("presence_penalty", -100.0, 100.0)
+        self._check_number("frequency_penalty", -100.0, 100.0)
+        self._check_integer("seed", 0, 2**SEED_BITS - 1)
+        self._check_integer("max_tokens", 1, MAX_INT)
+        self._check_integer("logprobs", 0, MAX_LOGPROBS)
+        self._check_stop_strings()
+        for token_id in self.stop_token_ids:
+            _within("stop_token_ids", token_id, 0, MAX_INT)
+
+    def _check_number(self, field: str, low: float, high: float, open_low: bool = False) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequest(f"{field} must be a number, got {value!r}", field)
+        _within(field, value, low, high, open_low)
+
+    def _check_integer(self, field: str, low: int, high: int) -> None:
+        value = getattr(self, field)
+        if value is None and field in OPTIONAL:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
+        _within(field, value, low, high)
+
+    def _check_stop_strings(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(
                 f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop"
             )
-        if "" in self.stop:
-            raise InvalidRequest("stop must not hold an empty string", "stop")
-        if any("\ud800" <= character <= "\udfff" for text in self.stop for character in text):
-            raise InvalidRequest("stop must be valid Unicode, got a lone surrogate", "stop")
-        for token_id in self.stop_token_ids:
-            self._within("stop_token_ids", token_id, 0, MAX_INT)
-
-    @staticmethod
-    def _within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-        # Comparisons with NaN are false, so it is never within.
-        if (low < value if open_low else low <= value) and value <= high:
-            return
-        least = f"greater than {low}" if open_low else f"at least {low}"
-        raise InvalidRequest(f"{field} must be {least} and at most {high}, got {value}", field)
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise InvalidRequest(f"stop must hold strings, got {text!r}", "stop")
+            if not text:
+                raise InvalidRequest("stop must not hold an empty string", "stop")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InvalidRequest("stop must be valid Unicode, got a lone surrogate", "stop")
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, whatever the random numbers say."""
         return self.temperature == 0.0
+
+
+def _within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    # Comparisons with NaN are false, so it is never within.
+    if (low < value if open_low else low <= value) and value <= high:
+        return
+    least = f"greater than {low}" if open_low else f"at least {low}"
+    raise InvalidRequest(f"{field} must be {least} and at most {high}, got {value}", field)
 
 
 class Request:

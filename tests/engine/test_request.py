@@ -16,7 +16,7 @@ from engine.request import SamplingParams
         ("temperature", -0.1, "temperature must be at least 0.0 and at most 100.0, got -0.1"),
         ("temperature", math.nan, "got nan"),
         ("temperature", math.inf, "got inf"),
-        ("top_k", -1, "top_k must be at least 0, got -1"),
+        ("top_k", -1, "top_k must be at least 0 and at most 2147483647, got -1"),
         ("top_p", 0.0, "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
         ("top_p", 1.1, "got 1.1"),
         ("min_p", -0.5, "min_p"),
@@ -25,14 +25,24 @@ from engine.request import SamplingParams
         ("frequency_penalty", -1000.0, "at least -100.0"),
         ("seed", -1, "seed must be at least 0"),
         ("seed", 2**64, "at most 18446744073709551615"),
-        ("max_tokens", 0, "max_tokens must be at least 1, got 0"),
+        ("max_tokens", 0, "max_tokens must be at least 1 and at most 2147483647, got 0"),
         ("logprobs", 21, "logprobs must be at least 0 and at most 20, got 21"),
         ("stop", ("",), "empty string"),
         ("stop", ("x",) * 17, "at most 16 strings, got 17"),
         ("stop_token_ids", (-1,), "stop_token_ids must be at least 0"),
+        ("temperature", "hot", "temperature must be a number, got 'hot'"),
+        ("top_p", None, "top_p must be a number, got None"),
+        ("top_k", 1.5, "top_k must be an integer, got 1.5"),
+        ("max_tokens", True, "max_tokens must be an integer, got True"),
+        ("top_k", None, "top_k must be an integer, got None"),
+        ("stop", (3,), "stop must hold strings, got 3"),
     ],
 )
 def test_out_of_range(field: str, value: object, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]  # the values are wrong on purpose
     assert caught.value.field == field
+
+
+def test_one_stop_string_may_stand_alone() -> None:
+    assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]  # as people write it

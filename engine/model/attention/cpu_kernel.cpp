@@ -63,6 +63,7 @@ constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_BLOCK = 64;
 constexpr int TILE_ROWS = 4;   // rows that share each load of a key or value
 constexpr int SLAB_ROWS = 64;  // rows that share each visit to a page
+constexpr int ROWS_AHEAD = 4;  // rows of qkv are far apart: ask for them early
 constexpr float MINUS_INFINITY = -__builtin_inff();
 
 // ---- Numbers -----------------------------------------------------------------------------------
@@ -97,6 +98,12 @@ inline void store(BFloat16 *to, float from) {  // to nearest, ties to even
     uint32_t bits;
     __builtin_memcpy(&bits, &from, sizeof bits);
     to->bits = from != from ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Ask for `count` numbers that will be wanted soon.
+template <class T>
+inline void fetch(const T *from, int count) {
+    for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
 inline float madd(float a, float b, float c) {
@@ -163,12 +170,6 @@ inline void rotate(float *out, const float *x, const float *cos, const float *si
     for (int i = 2 * half; i < dim; ++i) out[i] = x[i];
 }
 
-template <int ROWS, int COUNT, class T>
-inline void fetch(const T *from) {
-    if constexpr (ROWS == 1)
-        for (unsigned i = 0; i < COUNT * sizeof(T); i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
-}
-
 typedef float Queries[MAX_HEAD_DIM];
 typedef float Weights[MAX_BLOCK];
 
@@ -179,7 +180,7 @@ inline void score_slots(const T *keys, const T *ahead, int block, int dim, const
     for (int d = 0; d < dim; ++d) {
         Vec key[COLS];
         for (int c = 0; c < COLS; ++c) load(keys + d * block + slot + c * LANES, key[c]);
-        fetch<ROWS, COLS * LANES>(ahead + d * block + slot);
+        if (ROWS == 1) fetch(ahead + d * block + slot, COLS * LANES);
         for (int r = 0; r < ROWS; ++r)
             for (int c = 0; c < COLS; ++c) sum[r][c] = madd(key[c], all(query[r][d]), sum[r][c]);
     }
@@ -209,7 +210,7 @@ inline void sum_dims(const T *values, const T *ahead, int slots, int dim, const 
     for (int s = 0; s < slots; ++s) {
         V value[COLS];
         for (int c = 0; c < COLS; ++c) load(values + s * dim + d + c * WIDTH, value[c]);
-        fetch<ROWS, COLS * WIDTH>(ahead + s * dim + d);
+        if (ROWS == 1) fetch(ahead + s * dim + d, COLS * WIDTH);
         for (int r = 0; r < ROWS; ++r)
             for (int c = 0; c < COLS; ++c) sum[r][c] = madd(value[c], weights[r][s] - V{}, sum[r][c]);
     }
@@ -321,6 +322,8 @@ void store_item(const RopewayLayer &layer, const RopewayStep &step, const Item &
             const T *from = qkv + row * 3 * hidden + hidden + head * dim;
             T *keys = (T *)layer.keys + (page * layer.num_heads + head) * dim * block + offset;
             T *values = (T *)layer.values + (page * layer.num_heads + head) * dim * block + offset * dim;
+            fetch(from + ROWS_AHEAD * 3 * hidden, dim);
+            fetch(from + ROWS_AHEAD * 3 * hidden + hidden, dim);
             for (int d = 0; d < dim; ++d) load(from + d, key[d]);
             rotate(turned, key, layer.cos + offset * half, layer.sin + offset * half, half, dim);
             for (int d = 0; d < dim; ++d) store(keys + d * block, turned[d]);
@@ -340,6 +343,7 @@ void attend_item(const RopewayLayer &layer, const RopewayStep &step, const Item 
         for (int r = 0; r < rows; ++r) {
             const Rows one = state.from(h * rows + r, dim);
             const T *query = qkv + (item.row + r) * 3 * hidden + (item.head + h) * dim;
+            fetch(query + ROWS_AHEAD * 3 * hidden, dim);
             *one.best = MINUS_INFINITY;
             *one.sum = Vec{};
             for (int d = 0; d < dim; ++d) {

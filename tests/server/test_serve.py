@@ -1,0 +1,272 @@
+"""`ropeway serve` and `ropeway generate` as a user runs them, with a real engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.server.conftest import Event, parse_events
+
+COMMAND = [sys.executable, "-P", "-c", "from server.cli import main; main()"]
+OPTIONS = ["--port", "0", "--dtype", "float32", "--threads", "1"]
+LONG = {"prompt": "the a", "max_tokens": 180, "ignore_eos": True, "temperature": 0}
+
+
+@dataclass
+class Server:
+    """A running `ropeway serve`."""
+
+    process: subprocess.Popen[str]
+    url: str
+    shown: str
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(
+            base_url=self.url, timeout=30, limits=limits, trust_env=False
+        ) as client:
+            yield client
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status, and what it wrote to standard error."""
+        _, errors = self.process.communicate(timeout=20)
+        return self.process.returncode, errors
+
+
+@contextmanager
+def serve(directory: Path, *options: str) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [*COMMAND, "serve", str(directory), *OPTIONS, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        shown = ""
+        while "Ctrl-C" not in shown:
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            shown += line
+        url = re.search(r"http://127\.0\.0\.1:\d+", shown)
+        assert url is not None
+        yield Server(process, url[0], shown)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model_dir: Path) -> Iterator[Server]:
+    with serve(tiny_model_dir, "--kv-memory", "2MiB", "--max-num-seqs", "40") as running:
+        yield running
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> list[Event]:
+    async with client.stream("POST", "/generate", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        return parse_events((await response.aread()).decode())
+
+
+async def first_token(parts: AsyncIterator[str]) -> str:
+    text = ""
+    while "event: token" not in text:
+        text += await anext(parts)
+    return text
+
+
+async def gauge(client: httpx.AsyncClient, name: str) -> float:
+    text = (await client.get("/metrics")).text
+    found = re.search(rf"^ropeway_{name} (\S+)$", text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+async def until_whole(client: httpx.AsyncClient) -> None:
+    """Every page is free again, soon."""
+    async with asyncio.timeout(2):
+        while await gauge(client, "kv_blocks_used"):
+            await asyncio.sleep(0.01)
+
+
+def test_the_panel_says_what_serves(server: Server, tiny_model_dir: Path) -> None:
+    for word in (
+        server.url,
+        tiny_model_dir.name,
+        "parameters",
+        "cpu, float32",
+        "192 tokens",
+        "pages of 64 tokens",
+        "sequences of",
+        f"curl -N {server.url}/generate --json",
+    ):
+        assert word in server.shown
+    seconds = re.search(r"ready in ([\d.]+) s", server.shown)
+    assert seconds is not None
+    assert float(seconds[1]) < 10
+
+
+async def test_32_streams_at_once_say_what_each_says_alone(server: Server) -> None:
+    bodies = [
+        {"prompt": "the " * (1 + at) + "in", "max_tokens": 128, "ignore_eos": True, "seed": at}
+        for at in range(32)
+    ]
+    async with server.client() as client:
+        alone = [
+            (await client.post("/generate", json=body | {"stream": False})).json()
+            for body in bodies[::8]
+        ]
+        together = await asyncio.gather(*(stream(client, body) for body in bodies))
+        await until_whole(client)
+        assert await gauge(client, "num_requests_running") == 0
+    for *tokens, done in together:
+        assert [event.id for event in tokens] == [str(index) for index in range(128)]
+        assert done.event == "done"
+    for expected, (*tokens, _) in zip(alone, together[::8], strict=True):
+        assert [event.data["token_id"] for event in tokens] == expected["token_ids"]
+        assert "".join(event.data["text"] for event in tokens) == expected["text"]
+
+
+async def test_a_client_that_goes_frees_its_pages(server: Server) -> None:
+    async with server.client() as client:
+        before = await gauge(client, "generation_tokens_total")
+        async with client.stream("POST", "/generate", json=LONG) as response:
+            await first_token(response.aiter_text())
+            assert await gauge(client, "kv_blocks_used") > 0
+        await until_whole(client)
+        assert await gauge(client, "generation_tokens_total") - before < LONG["max_tokens"]
+
+
+async def test_errors_of_the_engine_reach_the_client(server: Server) -> None:
+    async with server.client() as client:
+        answer = await client.post("/generate", json={"prompt": "a", "max_tokens": 1000})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "context_overflow"
+    assert "192" in answer.json()["error"]["message"]
+
+
+async def test_ctrl_c_drains(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as server:
+        async with server.client() as client:
+            await client.get("/health")  # leaves an idle connection, which must not delay
+            async with client.stream("POST", "/generate", json=LONG) as response:
+                parts = response.aiter_text()
+                text = await first_token(parts)
+                server.process.send_signal(signal.SIGINT)
+                text += "".join([part async for part in parts])
+        *tokens, done = parse_events(text)
+        assert len(tokens) == LONG["max_tokens"]
+        assert done.event == "done"
+        children = server.children()
+        assert server.end() == (0, "")
+        assert not any(child.is_running() for child in children)
+
+
+async def test_what_drains_for_too_long_ends_by_an_error(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir, "--drain-timeout", "0") as server:
+        async with (
+            server.client() as client,
+            client.stream("POST", "/generate", json=LONG) as response,
+        ):
+            parts = response.aiter_text()
+            text = await first_token(parts)
+            server.process.send_signal(signal.SIGTERM)
+            text += "".join([part async for part in parts])
+        *_, error = parse_events(text)
+        assert (error.event, error.data["code"]) == ("error", "draining")
+        assert server.end() == (0, "")
+
+
+async def test_a_dead_engine_ends_streams_by_an_error_and_the_server(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as server:
+        (engine,) = server.children()
+        async with (
+            server.client() as client,
+            client.stream("POST", "/generate", json=LONG) as response,
+        ):
+            parts = response.aiter_text()
+            text = await first_token(parts)
+            engine.kill()
+            text += "".join([part async for part in parts])
+        *_, error = parse_events(text)
+        assert (error.event, error.data["code"]) == ("error", "engine_dead")
+        assert server.end() == (1, "error: the engine process ended with status -9\n")
+
+
+async def test_several_http_workers(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir, "--api-workers", "2") as server:
+        children = server.children()
+        assert len(children) == 2
+        async with server.client() as client:
+            body = LONG | {"max_tokens": 20}
+            streams = await asyncio.gather(*(stream(client, body) for _ in range(16)))
+            assert len({str(events[:-1]) for events in streams}) == 1
+            async with client.stream("POST", "/generate", json=LONG) as response:
+                parts = response.aiter_text()
+                text = await first_token(parts)
+                server.process.send_signal(signal.SIGINT)
+                text += "".join([part async for part in parts])
+        assert parse_events(text)[-1].event == "done"
+        assert server.end() == (0, "")
+        assert not any(child.is_running() for child in children)
+
+
+async def test_a_second_ctrl_c_ends_at_once(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as server:
+        (engine,) = server.children()
+        engine.suspend()  # so that its stream never ends
+        async with server.client() as client, client.stream("POST", "/generate", json=LONG):
+            server.process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.3)
+            assert server.process.poll() is None
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            status, _ = await asyncio.to_thread(server.end)
+        assert status == 130
+        assert time.monotonic() - began < 2
+        assert not engine.is_running()
+
+
+def test_a_broken_model_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for file in tiny_model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    command = [*COMMAND, "serve", str(tmp_path), "--port", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_generate_in_the_terminal(tiny_model_dir: Path) -> None:
+    command = [*COMMAND, "generate", "the a", "--model", str(tiny_model_dir), "--temperature", "0"]
+    command += ["--max-tokens", "8", "--ignore-eos", "--dtype", "float32"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("\n")
+    assert len(result.stdout) > 1
+    assert re.fullmatch(r"8 tokens: first after [\d.]+ s, then [\d.]+ tokens/s\n", result.stderr)
+    result = subprocess.run(
+        [*command, "--max-tokens", "999"], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert result.returncode == 2
+    assert "192" in result.stderr
