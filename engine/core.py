@@ -28,7 +28,7 @@ from engine.messages import (
     ToCore,
 )
 from engine.model.attention.base import KVCache
-from engine.model.attention.cpu import select_backend
+from engine.model.attention.select import select_backend
 from engine.model.linear import pack
 from engine.model.loader import load_model, read_config
 from engine.model.rope import RotaryTable
@@ -97,7 +97,7 @@ class EngineCore:
             pack(model)
         cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
         table = RotaryTable.for_model(model.config).to(device)
-        backend = select_backend(device)(model.config, table, cache)
+        backend = select_backend(model.config, table, cache)
         self._pool = BlockPool(num_blocks, block_size)
         self._scheduler = Scheduler(config.scheduler, self._pool)
         batch = InputBatch(

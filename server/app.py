@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib import metadata
 
 from fastapi import FastAPI
 
@@ -20,8 +21,6 @@ def create_app(
     engine: AsyncEngine,
     settings: ServerSettings,
     exited: Callable[[], int | None],
-    *,
-    version: str = "0",
 ) -> FastAPI:
     """An application that starts the engine's connection with itself and closes it at its end.
 
@@ -41,7 +40,7 @@ def create_app(
 
     app = FastAPI(
         title="Ropeway",
-        version=version,
+        version=metadata.version("ropeway"),
         description="Inference for GPT-2-family models with rotary position embeddings.",
         lifespan=lifespan,
     )

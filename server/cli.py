@@ -33,11 +33,7 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 CONFIGS = (EngineConfig, CacheConfig, SchedulerConfig)
 OPTIONS = {
-    *(
-        field.name
-        for kind in (EngineConfig, CacheConfig, SchedulerConfig)
-        for field in fields(kind)
-    ),
+    *(field.name for config in CONFIGS for field in fields(config)),
     *SamplingParams.__struct_fields__,
 }
 """Settings that are options; errors begin with their names."""
@@ -102,13 +98,27 @@ def model_directory(model: Path | None) -> Path:
     return directory
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A listening socket: clients can connect before anything else is there."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
     except OSError as error:
-        fail(f"cannot listen on {host}:{port}: {error.strerror or error}", FAILED)
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        fail(f"cannot listen on {host}:{port}: {reason}", FAILED)
+
+
+def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
+    """One socket for each HTTP process; the kernel spreads the connections over them.
+
+    Over one socket that all share, whichever process wakes first would take most of them.
+    """
+    alone = listen(host, port)  # refuses a port that somebody else has, which sharing would not
+    if count == 1:
+        return [alone]
+    port = alone.getsockname()[1]
+    alone.close()
+    return [listen(host, port, shared=True) for _ in range(count)]
 
 
 ModelOption = Annotated[
@@ -196,7 +206,7 @@ def serve(
             unused_token_ids=tuple(tokenizer.unused_ids),
         )
     settings = ServerSettings(max_queue=-(-max_queue // api_workers), drain_seconds=drain_timeout)
-    listener = listen(host, port)
+    listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
 
     def announce(ready: EngineReady) -> None:
@@ -210,13 +220,15 @@ def serve(
         # Only now, while the engine process imports PyTorch, what takes us long to import.
         from server.worker import HttpWorker  # noqa: PLC0415
 
-        peer = PeerConfig(
-            address=process.address,
-            model_dir=str(directory),
-            listener=listener.fileno(),
-            settings=settings,
-        )
-        peers += [PeerProcess(peer) for _ in range(api_workers - 1)]
+        for other in others:
+            peer = PeerConfig(
+                address=process.address,
+                model_dir=str(directory),
+                listener=other.fileno(),
+                settings=settings,
+            )
+            peers.append(PeerProcess(peer))
+            other.close()
         worker = HttpWorker(
             tokenizer, process.address, listener, settings, exited=process.exit_status, peers=peers
         )

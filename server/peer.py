@@ -1,4 +1,4 @@
-"""A further HTTP process on the same listening socket, seen from the one that starts it."""
+"""A further HTTP process on the same port, seen from the one that starts it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.settings import ServerSettings
 
 
 class PeerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """address: the engine's; listener: the file descriptor of the listening socket."""
+    """address: the engine's; listener: file descriptor of a listening socket."""
 
     address: str
     model_dir: str

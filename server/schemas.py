@@ -40,7 +40,7 @@ def _text_or_ids(value: object) -> object:
 
 
 def _text_or_texts(value: object) -> object:
-    if isinstance(value, str) or _is_list_of(str, value):
+    if value is None or isinstance(value, str) or _is_list_of(str, value):
         return value
     raise PydanticCustomError("stop", "must be a text or a list of texts")
 

@@ -66,7 +66,7 @@ class HttpWorker:
         exited: Callable[[], int | None] = lambda: None,
         peers: Sequence[PeerProcess] = (),
     ) -> None:
-        """address: the engine's; listener: listens already, and may be shared with peers.
+        """address: the engine's; listener: listens already.
 
         exited: the engine process's exit status, None while it lives. peers: drained with us.
         """
@@ -113,6 +113,7 @@ class HttpWorker:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=IDLE_SECONDS,
             )
         )
@@ -122,6 +123,7 @@ class HttpWorker:
         for peer in self._peers:
             peer.drain()
         await self._until_drained(engine, server)
+        lived = lived and engine.alive
         engine.fail(Draining(f"the server shut down; it waited {self._settings.drain_seconds:g} s"))
         await server.end(serving, 0.0 if self.hurried else FLUSH_SECONDS)
         return lived

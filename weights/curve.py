@@ -32,7 +32,7 @@ def smooth(values: list[float], share: float = 0.05) -> list[float]:
 
 
 def draw(entries: list[dict[str, Any]], path: Path) -> None:
-    """Training loss and held-out losses against tokens seen; the decay is shaded."""
+    """Training loss and held-out losses against tokens seen; whole contexts are shaded."""
     steps = [entry for entry in entries if "loss" in entry]
     measured = [entry for entry in entries if "held_out" in entry]
     if not steps:
@@ -47,11 +47,11 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
         points = [entry["held_out"][name] for entry in measured]
         at = [entry["tokens"] / 1e6 for entry in measured]
         axes.plot(at, points, marker="o", markersize=3, color=colour, label=f"held out: {name}")
-    decay = [
+    whole = [
         m for m, entry in zip(seen, steps, strict=True) if entry["length"] > steps[0]["length"]
     ]
-    if decay:
-        axes.axvspan(decay[0], decay[-1], color="grey", alpha=0.12, label="decay, whole contexts")
+    if whole:
+        axes.axvspan(whole[0], whole[-1], color="grey", alpha=0.12, label="whole contexts")
     axes.set(xlabel="million tokens", ylabel="nats per token", ylim=(min(losses) - 0.1, 7.0))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -36,7 +36,8 @@ def total_nats(model: GPT2, tokens: Tokens, name: str = "") -> float:
         window = torch.from_numpy(tokens[start : start + config.max_position + 1].astype("int64"))
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model(window[None, :-1], attention)[0]
-        total += token_losses(hidden, model.head.weight, window[1:]).double().sum().item()
+        losses = token_losses(hidden.bfloat16(), model.head.weight, window[1:])
+        total += losses.double().sum().item()
     return total
 
 

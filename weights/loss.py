@@ -60,10 +60,11 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtyp
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each token, float32 [tokens]; hidden [tokens, hidden_size]. For measuring only."""
+    """Nats of each token, float32 [tokens]; hidden [tokens, hidden_size], whose dtype computes."""
+    matrix = weight.to(hidden.dtype)
     losses = [
         F.cross_entropy(
-            hidden[start : start + _ROWS].float() @ weight.float().T,
+            (hidden[start : start + _ROWS] @ matrix.T).float(),
             targets[start : start + _ROWS],
             reduction="none",
         )

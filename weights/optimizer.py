@@ -7,7 +7,7 @@ usual size (Liu et al. 2025, arXiv 2502.16982, 2.2) one learning rate serves bot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,26 +16,33 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm up, stay, decay. The stay has no end of its own: decay may be asked for at any step.
+    """Warm up, stay, decay. The stay has no end of its own: the end may be asked for at any step.
 
-    warmup: steps from 0 to the peak; decay_steps: steps from the peak to 0.
-    decay_start: the first step of the decay; None while nobody has asked for it.
+    warmup: steps from 0 to the peak.
+    decay_start, decay_from: the first step of the decay and the share of the peak it starts from;
+    decay_steps: steps from there to 0. No decay_start: nobody has asked for the end yet.
     """
 
     warmup: int
-    decay_steps: int
     decay_start: int | None = None
+    decay_from: float = 1.0
+    decay_steps: int = 0
+
+    def ending(self, step: int, steps: int) -> Schedule:
+        """The same schedule up to a step, and from there straight to 0 in some steps.
+
+        May be asked for again, to end earlier or later.
+        """
+        return replace(
+            self, decay_start=step, decay_from=self.scale(step), decay_steps=max(1, steps)
+        )
 
     def scale(self, step: int) -> float:
         """Share of the peak learning rate at a step, in 0 .. 1."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup))
         if self.decay_start is None or step < self.decay_start:
-            return rise
-        return rise * max(0.0, 1 - (step - self.decay_start) / max(1, self.decay_steps))
-
-    def decaying(self, step: int) -> bool:
-        """Whether a step belongs to the decay."""
-        return self.decay_start is not None and step >= self.decay_start
+            return min(1.0, (step + 1) / max(1, self.warmup))
+        left = self.decay_start + self.decay_steps - step
+        return self.decay_from * max(0, left) / self.decay_steps
 
     def finished(self, step: int) -> bool:
         """Whether the decay is over before this step."""

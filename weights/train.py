@@ -2,10 +2,11 @@
 
     python -m weights.train --tokens DIR --model MODEL_DIR --out RUN_DIR --minutes 80
     python -m weights.train ... --resume          # go on from RUN_DIR/ckpt.pt, exactly
-    echo 300 > RUN_DIR/decay                      # end it: decay the learning rate over 300 steps
+    echo 300 > RUN_DIR/end                        # end it in 300 steps, the learning rate at 0
 
-Short windows first, whole contexts while the learning rate decays. RUN_DIR gets ckpt.pt and
-log.jsonl, a line per step and one per held-out measurement.
+Short windows first, whole contexts while the learning rate is low at the end. RUN_DIR gets ckpt.pt
+and log.jsonl, a line per step and one per held-out measurement. The file RUN_DIR/end may be written
+again, to end earlier or later; it is removed once read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.config import ModelConfig
-from engine.model.attention.causal import CausalAttention
 from engine.model.gpt2 import GPT2
 from engine.model.rope import RotaryTable
+from weights.attention import ShortWindowAttention
 from weights.loss import head_loss
 from weights.optimizer import Optimizer, Schedule
 from weights.tokens import Mixture, Tokens, open_tokens
@@ -50,14 +51,17 @@ MIXTURE: Mapping[str, float] = MappingProxyType(
 class Recipe:
     """Everything that decides what a run computes.
 
-    batch_tokens: tokens of a step; length, long_length: tokens of a window before and in the decay.
+    batch_tokens: tokens of a step.
+    length, long_length: tokens of a window; the long ones come when the learning rate, decaying,
+    has fallen below long_below of its peak: by then they are a fifth of the steps or so.
     minutes: busy minutes (processor time over threads) until the decay; steps: the same in steps.
-    Whichever comes first ends the stay; None is never.
+    Whichever comes first starts it; None is never. decay_steps: how long it takes.
     """
 
     batch_tokens: int = 4096
     length: int = 256
     long_length: int = 1024
+    long_below: float = 0.25
     learning_rate: float = 3e-3
     warmup: int = 100
     decay_steps: int = 500
@@ -115,24 +119,24 @@ class Trainer:
         self.model.to(self.device)
         self.mixture = Mixture(sources, weights or dict.fromkeys(sources, 1.0), recipe.seed)
         self.optimizer = Optimizer(self.model, recipe.learning_rate)
-        self.schedule = Schedule(recipe.warmup, recipe.decay_steps)
+        self.schedule = Schedule(recipe.warmup)
         table = RotaryTable.for_model(config).to(self.device)
-        self.attention = CausalAttention(table, config.num_heads)
+        self.attention = ShortWindowAttention(table, config.num_heads)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.step = 0
         self.tokens = 0
         self.busy = 0.0  # seconds of processor time over threads, of all the runs this one resumes
 
-    def begin_decay(self, decay_steps: int) -> None:
-        """From the next step on; asked again, nothing changes."""
-        if self.schedule.decay_start is None:
-            self.schedule = replace(self.schedule, decay_start=self.step, decay_steps=decay_steps)
+    def end_in(self, steps: int) -> None:
+        """Let the learning rate fall to 0 over the next steps."""
+        self.schedule = self.schedule.ending(self.step, steps)
 
     @property
     def length(self) -> int:
         """Tokens of a window at the next step."""
-        decaying = self.schedule.decaying(self.step)
-        return self.recipe.long_length if decaying else self.recipe.length
+        decaying = self.schedule.decay_start is not None
+        late = decaying and self.schedule.scale(self.step) < self.recipe.long_below
+        return self.recipe.long_length if late else self.recipe.length
 
     def loss(self, token_ids: Tensor, targets: Tensor) -> Tensor:
         """Nats per token; int64 [rows, length] each."""
@@ -189,12 +193,14 @@ class Trainer:
         self.step, self.tokens, self.busy = state["step"], state["tokens"], state["busy"]
 
 
-def decay_asked_for(out: Path, trainer: Trainer) -> int | None:
-    """Steps of the decay that is due now: by RUN_DIR/decay, by minutes or by steps; else None."""
-    recipe, request = trainer.recipe, out / "decay"
-    if request.exists():
-        text = request.read_text(encoding="utf-8").strip()
+def end_asked_for(out: Path, trainer: Trainer) -> int | None:
+    """Steps in which to end, where that is asked for now: by RUN_DIR/end, by minutes, by steps."""
+    recipe, request = trainer.recipe, out / "end"
+    if request.exists() and (text := request.read_text(encoding="utf-8").strip()):
+        request.unlink()
         return int(text) if text.isdigit() else recipe.decay_steps
+    if trainer.schedule.decay_start is not None:
+        return None
     if recipe.minutes is not None and trainer.busy >= 60 * recipe.minutes:
         return recipe.decay_steps
     if recipe.steps is not None and trainer.step >= recipe.steps:
@@ -221,9 +227,9 @@ def run(
             print(json.dumps(values), file=log, flush=True)
 
         while not trainer.schedule.finished(trainer.step):
-            if trainer.schedule.decay_start is None and (steps := decay_asked_for(out, trainer)):
-                trainer.begin_decay(steps)
-                bar.write(f"decay: {steps} steps from step {trainer.step}")
+            if steps := end_asked_for(out, trainer):
+                trainer.end_in(steps)
+                bar.write(f"step {trainer.step}: ends in {steps} steps")
             values = trainer.train_step()
             write(**values)
             if trainer.schedule.decay_start is not None:

@@ -25,7 +25,7 @@ from tests.server.fake_engine import FakeEngine, byte_tokenizer
 SETTINGS = ServerSettings(max_queue=1, max_body_bytes=4096, keep_alive_seconds=0.2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": True}
 
@@ -38,6 +38,13 @@ class Served:
     service: Service
     http: httpx.AsyncClient
     port: int
+
+    async def until_ready(self) -> None:
+        """The engine answers, and /ready says so."""
+        await self.fake.ready()
+        async with asyncio.timeout(2):
+            while (await self.http.get("/ready")).status_code != 200:
+                await asyncio.sleep(0.01)
 
     @asynccontextmanager
     async def raw(
@@ -92,10 +99,7 @@ async def starting(tmp_path: Path) -> AsyncIterator[Served]:
 @pytest.fixture
 async def served(starting: Served) -> Served:
     """A server that is ready."""
-    await starting.fake.ready()
-    async with asyncio.timeout(2):
-        while (await starting.http.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.01)
+    await starting.until_ready()
     return starting
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from engine.errors import Draining
 from engine.messages import AbortRequest, AddRequest, EngineStats
 from engine.request import FinishReason
 from server.errors import status_of
-from tests.server.conftest import Served, parse_events
+from tests.server.conftest import SETTINGS, Served, parse_events, running
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -81,6 +83,22 @@ async def test_a_slow_reader_gets_joined_events(served: Served) -> None:
     assert body.count(b"event: done") == 1
 
 
+async def test_who_does_not_read_cannot_keep_the_server_from_ending(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with AsyncExitStack() as client:
+        async with running(tmp_path, SETTINGS) as served:
+            await served.until_ready()
+            await client.enter_async_context(served.raw({"prompt": "a"}))
+            request = await served.fake.expect(AddRequest)
+            for start in range(0, 10_000, 100):
+                await served.fake.say(request, b"x" * 100, start=start)
+                await asyncio.sleep(0)
+            began = time.monotonic()
+        assert time.monotonic() - began < 2
+    assert not caplog.records
+
+
 async def test_engine_death_ends_a_stream_by_an_error(served: Served) -> None:
     async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
         request = await served.fake.expect(AddRequest)
@@ -120,10 +138,7 @@ async def test_starting(starting: Served) -> None:
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "engine_starting"
         assert answer.headers["retry-after"] == "1"
-    await starting.fake.ready()
-    async with asyncio.timeout(2):
-        while (await starting.http.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.01)
+    await starting.until_ready()
 
 
 async def test_an_engine_that_cannot_start(starting: Served) -> None:

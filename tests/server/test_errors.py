@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
 import pytest
 
-from engine.messages import AddRequest
-from tests.server.conftest import SETTINGS, Served
+from engine.messages import AbortRequest, AddRequest
+from tests.server.conftest import SETTINGS, Served, running
 
 
 def check(response: httpx.Response, status: int, code: str, field: str | None, *words: str) -> None:
@@ -23,6 +23,14 @@ def check(response: httpx.Response, status: int, code: str, field: str | None, *
     assert (error["code"], error["field"]) == (code, field), error
     for word in words:
         assert word in error["message"], error["message"]
+
+
+@pytest.fixture(scope="module")
+async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """One server for all these tests: an error must leave it as it was."""
+    async with running(tmp_path_factory.mktemp("errors"), SETTINGS) as served:
+        await served.until_ready()
+        yield served
 
 
 INVALID: list[tuple[dict[str, Any], str, list[str]]] = [
@@ -151,9 +159,8 @@ async def test_a_full_queue(served: Served) -> None:
         response = await served.http.post("/generate", json={"prompt": "a"})
     check(response, 429, "queue_full", None, "3", "max_queue 1")
     assert response.headers["retry-after"] == "1"
-    async with asyncio.timeout(2):
-        while served.service.engine.num_unfinished:
-            await asyncio.sleep(0.01)
+    for _ in range(3):
+        await served.fake.expect(AbortRequest)
 
 
 async def test_a_bug_is_a_500_in_the_same_shape(
@@ -180,3 +187,14 @@ async def test_tokenize_and_back(served: Served) -> None:
     wrong = await served.http.post("/detokenize", json={"token_ids": [1, 999]})
     check(wrong, 422, "invalid_request", "token_ids", "token_ids[1]", "999", "256")
     check(await served.http.post("/tokenize", json={}), 422, "invalid_request", "text")
+
+
+async def test_the_documents(served: Served) -> None:
+    assert (await served.http.get("/docs")).status_code == 200
+    document = (await served.http.get("/openapi.json")).json()
+    answers = document["paths"]["/generate"]["post"]["responses"]
+    assert {"200", "400", "413", "415", "422", "429", "503"} == set(answers)
+    assert set(answers["200"]["content"]) == {"text/event-stream", "application/json"}
+    for status in answers.keys() - {"200"}:
+        schema = answers[status]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorBody"}

@@ -14,13 +14,11 @@ SCHEMA = GenerateRequest.model_json_schema()["properties"]
 FIELDS = SamplingParams.__struct_fields__
 
 
-def outside(value: float, step: int) -> float:
-    return value + step
-
-
 def test_the_body_has_every_field_and_default() -> None:
     assert set(SCHEMA) == {"prompt", "stream", *FIELDS}
     assert GenerateRequest(prompt="a").to_params() == SamplingParams()
+    nulls = {"stop": None, "seed": None, "max_tokens": None, "logprobs": None}
+    assert GenerateRequest(prompt="a", **nulls).to_params() == SamplingParams()
     assert all(SCHEMA[name].get("description") for name in SCHEMA)
 
 

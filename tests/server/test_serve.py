@@ -18,7 +18,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from server.cli import app
 from tests.server.conftest import Event, parse_events
 
 COMMAND = [sys.executable, "-P", "-c", "from server.cli import main; main()"]
@@ -163,19 +165,29 @@ async def test_errors_of_the_engine_reach_the_client(server: Server) -> None:
     assert "192" in answer.json()["error"]["message"]
 
 
-async def test_ctrl_c_drains(tiny_model_dir: Path) -> None:
-    with serve(tiny_model_dir) as server:
-        async with server.client() as client:
-            await client.get("/health")  # leaves an idle connection, which must not delay
+async def test_ctrl_c_drains_every_http_worker(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir, "--api-workers", "2") as server:
+        children = server.children()
+        assert len(children) == 2
+        begun = 0
+
+        async def follow(client: httpx.AsyncClient) -> list[Event]:
+            nonlocal begun
             async with client.stream("POST", "/generate", json=LONG) as response:
                 parts = response.aiter_text()
                 text = await first_token(parts)
-                server.process.send_signal(signal.SIGINT)
-                text += "".join([part async for part in parts])
-        *tokens, done = parse_events(text)
-        assert len(tokens) == LONG["max_tokens"]
-        assert done.event == "done"
-        children = server.children()
+                begun += 1
+                if begun == 8:
+                    server.process.send_signal(signal.SIGINT)
+                return parse_events(text + "".join([part async for part in parts]))
+
+        async with server.client() as client:
+            await client.get("/health")  # leaves an idle connection, which must not delay
+            streams = await asyncio.gather(*(follow(client) for _ in range(8)))
+        for *tokens, done in streams:
+            assert len(tokens) == LONG["max_tokens"]
+            assert [event.data for event in tokens] == [event.data for event in streams[0][:-1]]
+            assert done.event == "done"
         assert server.end() == (0, "")
         assert not any(child.is_running() for child in children)
 
@@ -209,24 +221,6 @@ async def test_a_dead_engine_ends_streams_by_an_error_and_the_server(tiny_model_
         *_, error = parse_events(text)
         assert (error.event, error.data["code"]) == ("error", "engine_dead")
         assert server.end() == (1, "error: the engine process ended with status -9\n")
-
-
-async def test_several_http_workers(tiny_model_dir: Path) -> None:
-    with serve(tiny_model_dir, "--api-workers", "2") as server:
-        children = server.children()
-        assert len(children) == 2
-        async with server.client() as client:
-            body = LONG | {"max_tokens": 20}
-            streams = await asyncio.gather(*(stream(client, body) for _ in range(16)))
-            assert len({str(events[:-1]) for events in streams}) == 1
-            async with client.stream("POST", "/generate", json=LONG) as response:
-                parts = response.aiter_text()
-                text = await first_token(parts)
-                server.process.send_signal(signal.SIGINT)
-                text += "".join([part async for part in parts])
-        assert parse_events(text)[-1].event == "done"
-        assert server.end() == (0, "")
-        assert not any(child.is_running() for child in children)
 
 
 async def test_a_second_ctrl_c_ends_at_once(tiny_model_dir: Path) -> None:
@@ -265,8 +259,11 @@ def test_generate_in_the_terminal(tiny_model_dir: Path) -> None:
     assert result.stdout.endswith("\n")
     assert len(result.stdout) > 1
     assert re.fullmatch(r"8 tokens: first after [\d.]+ s, then [\d.]+ tokens/s\n", result.stderr)
-    result = subprocess.run(
-        [*command, "--max-tokens", "999"], capture_output=True, text=True, check=False, timeout=30
-    )
-    assert result.returncode == 2
+
+
+def test_generate_names_the_limit(tiny_model_dir: Path) -> None:
+    options = ["--model", str(tiny_model_dir), "--max-tokens", "999"]
+    result = CliRunner().invoke(app, ["generate", "the a", *options])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: prompt (")
     assert "192" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -86,6 +87,11 @@ class AttentionMetadata:
     block_tables: Tensor
     bases: Tensor
     num_blocks: Tensor
+
+
+def score_scale(config: ModelConfig) -> float:
+    """What a query is multiplied by, so that weights are powers of two of the scores."""
+    return math.log2(math.e) / math.sqrt(config.head_dim)
 
 
 class AttentionBackend(ABC):

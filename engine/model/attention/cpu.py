@@ -1,4 +1,4 @@
-"""Paged attention on the CPU: the compiled kernel's binding, and plain torch where there is none.
+"""Paged attention on the CPU: the binding of the compiled kernel.
 
 Paged attention: Kwon et al. 2023 (arXiv 2309.06180); online softmax: Milakov & Gimelshein 2018
 (arXiv 1805.02867).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,14 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
-from engine.model.attention.base import Attention, AttentionBackend, AttentionMetadata, KVCache
-from engine.model.rope import RotaryTable, rotate
+from engine.model.attention.base import (
+    Attention,
+    AttentionBackend,
+    AttentionMetadata,
+    KVCache,
+    score_scale,
+)
+from engine.model.rope import RotaryTable
 
 LIBRARY = Path(__file__).with_name("_cpu_kernel.so")
 VARIANTS = ("avx512", "avx2", "generic")
@@ -30,17 +35,6 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16)
 OUT_OF_MEMORY = 2
 """The kernel's status when it finds no scratch space; 1 is a step outside cache or table."""
-
-POWER_COEFFICIENTS = (
-    0.00015353362,
-    0.0013398875,
-    0.00961843692,
-    0.0555033237,
-    0.240226477,
-    0.693147182,
-    1.0,
-)
-"""Minimax polynomial of 2^f over |f| <= 1/2 (2e-9 relative), highest power first."""
 
 
 class KernelUnavailableError(Exception):
@@ -104,15 +98,21 @@ def load_library() -> ctypes.CDLL:
     """
     if not LIBRARY.exists():
         raise KernelUnavailableError("no compiled kernel: installed without a C++ compiler")
-    bundled = sorted(Path(torch.__file__).parent.glob("lib/lib*omp*.so*"))
-    failures = []
-    for runtime in [*map(str, bundled), "libgomp.so.1"]:
+    # A torch that brings no runtime was linked to the system's.
+    for runtime in _bundled_runtimes() or ["libgomp.so.1"]:
         try:
             ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(str(LIBRARY))
         except OSError as error:
-            failures.append(str(error))
-    raise KernelUnavailableError(f"{LIBRARY.name} does not load: {'; '.join(failures)}")
+            obstacle = error
+    raise KernelUnavailableError(f"the compiled kernel does not load: {obstacle}")
+
+
+def _bundled_runtimes() -> list[str]:
+    """OpenMP runtimes that came with torch: GNU's, Intel's or LLVM's; all serve GNU's calls."""
+    torch_lib = Path(torch.__file__).parent / "lib"
+    names = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
+    return [str(path) for name in names for path in sorted(torch_lib.glob(name))]
 
 
 def supported_variants() -> tuple[str, ...]:
@@ -163,18 +163,18 @@ class CPUBackend(AttentionBackend):
         self._attend = kernel.attend
         self._layers = [
             _Layer(
-                keys.data_ptr(),
-                values.data_ptr(),
-                table.cos.data_ptr(),
-                table.sin.data_ptr(),
-                len(keys),
-                config.num_heads,
-                config.head_dim,
-                config.rotary_dim,
-                cache.block_size,
-                len(table.cos),
-                self.dtype == torch.bfloat16,
-                _scale(config),
+                keys=keys.data_ptr(),
+                values=values.data_ptr(),
+                cos=table.cos.data_ptr(),
+                sin=table.sin.data_ptr(),
+                num_blocks=len(keys),
+                num_heads=config.num_heads,
+                head_dim=config.head_dim,
+                rotary_dim=config.rotary_dim,
+                block_size=cache.block_size,
+                num_positions=len(table.cos),
+                is_bfloat16=self.dtype == torch.bfloat16,
+                scale=score_scale(config),
             )
             for keys, values in zip(cache.keys, cache.values, strict=True)
         ]
@@ -253,154 +253,3 @@ class _KernelStep:
         if status:
             raise ValueError("the metadata point outside the cache or the rotary table")
         return out
-
-
-class TorchBackend(AttentionBackend):
-    """The same contract in torch operations, for where nothing was compiled.
-
-    Bits do not depend on the batch because every row is computed in the same place of the same
-    shapes: rows stand in tiles of TILE_ROWS at t % TILE_ROWS, absent rows are zeros, and each tile
-    meets each page in a product of fixed size. What is not a product is elementwise, made of
-    operations that IEEE 754 defines to the last bit: torch's own exp and sum may differ between the
-    middle and the ends of the pieces in which threads share a tensor.
-    """
-
-    TILE_ROWS = 8
-    name = "torch"
-
-    def __init__(self, config: ModelConfig, table: RotaryTable, cache: KVCache) -> None:
-        super().__init__(config, table, cache)
-        self.scale = _scale(config)
-
-    def forward(self, layer: int, qkv: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """See AttentionBackend.forward."""
-        return self.bind(metadata)(layer, qkv)
-
-    def bind(self, metadata: AttentionMetadata) -> Attention:
-        """The attention of one step: rows are sorted into tiles once, for all layers."""
-        return _TorchStep(self, metadata)
-
-
-class _TorchStep:
-    """One step of TorchBackend: where rows stand in tiles, and which pages each tile meets."""
-
-    def __init__(self, backend: TorchBackend, metadata: AttentionMetadata) -> None:
-        self._backend = backend
-        device, size = metadata.positions.device, backend.TILE_ROWS
-        slots = metadata.slot_mapping
-        self._block = slots // backend.cache.block_size
-        self._offset = slots % backend.cache.block_size
-
-        positions = metadata.positions.long()
-        rows_of = metadata.query_start.diff().long()
-        seq = torch.repeat_interleave(torch.arange(len(rows_of), device=device), rows_of)
-        tiles, self._tile = torch.unique_consecutive(
-            torch.stack((seq, positions // size)), dim=1, return_inverse=True
-        )
-        self._place = positions % size
-        self._num_tiles = tiles.shape[1]
-        tile_positions = tiles[1, :, None] * size + torch.arange(size, device=device)
-        self._pages = []
-        for page in range(int(metadata.num_blocks.max())):
-            base = metadata.bases[tiles[0], page].long()
-            meets = (page < metadata.num_blocks[tiles[0]]) & (base <= tile_positions[:, -1])
-            live = meets.nonzero().squeeze(1)
-            distance = tile_positions[live] - base[live, None]
-            self._pages.append((live, metadata.block_tables[tiles[0][live], page].long(), distance))
-
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        backend = self._backend
-        heads, dim = backend.config.num_heads, backend.config.head_dim
-        query, key, value = qkv.view(-1, 3, heads, dim).unbind(1)
-        cos, sin = backend.table.cos[self._offset, None], backend.table.sin[self._offset, None]
-        keys, values = backend.cache.keys[layer], backend.cache.values[layer]
-        keys[self._block, :, :, self._offset] = rotate(key, cos, sin)
-        values[self._block, :, self._offset] = value
-
-        shape = (self._num_tiles, heads, backend.TILE_ROWS)
-        queries = query.new_zeros((*shape, dim), dtype=torch.float32)
-        queries[self._tile, :, self._place] = query.float() * backend.scale
-        out = torch.zeros_like(queries)
-        total = queries.new_zeros((*shape, 1))
-        best = queries.new_full((*shape, 1), -1e30)  # finite: absent rows see nothing at all
-        for live, blocks, distance in self._pages:
-            scores = self._scores(queries[live], keys[blocks], distance)
-            highest = torch.maximum(best[live], scores.amax(-1, keepdim=True))
-            decay = _power_of_two(best[live] - highest)
-            weights = _power_of_two(scores - highest)
-            out[live] = out[live] * decay + _product(weights, values[blocks].float())
-            total[live] = total[live] * decay + _sum_last(weights)
-            best[live] = highest
-        rows = (out / total)[self._tile, :, self._place]
-        return rows.to(qkv.dtype).reshape(-1, heads * dim)
-
-    def _scores(self, queries: Tensor, keys: Tensor, distance: Tensor) -> Tensor:
-        """Masked scores, float32 [tiles, num_heads, TILE_ROWS, block_size].
-
-        queries float32 [tiles, num_heads, TILE_ROWS, head_dim]; keys [tiles, num_heads, head_dim,
-        block_size]; distance int64 [tiles, TILE_ROWS], from the base of the tile's page to the row.
-        """
-        table = self._backend.table
-        angle = distance.clamp(0, len(table.cos) - 1)  # only absent or masked rows are clamped
-        turned = rotate(queries, table.cos[angle][:, None], table.sin[angle][:, None])
-        slots = torch.arange(keys.shape[-1], device=keys.device)
-        hidden = slots > distance[:, None, :, None]
-        return _product(turned, keys.float()).masked_fill(hidden, float("-inf"))
-
-
-def _scale(config: ModelConfig) -> float:
-    """What a query is multiplied by, so that weights are powers of two of the scores."""
-    return math.log2(math.e) / math.sqrt(config.head_dim)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix product [n, heads, i, j] x [n, heads, j, k]; each of fixed shape."""
-    flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
-    if len(flat_a) == 1:  # a batch of one takes another way through the library: make it two
-        flat = torch.bmm(flat_a.expand(2, -1, -1), flat_b.expand(2, -1, -1))[:1]
-    else:
-        flat = torch.bmm(flat_a, flat_b)
-    return flat.view(*a.shape[:-1], b.shape[-1])
-
-
-def _sum_last(x: Tensor) -> Tensor:
-    """Sum over the last dimension (a power of two), by halves, keeping it."""
-    while x.shape[-1] > 1:
-        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
-    return x
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """2^x for x <= 0, float32, to 2 ulp; exactly 1 at 0, exactly 0 below -125."""
-    bounded = x.clamp(min=-126.0)
-    whole = bounded.round()
-    f = bounded - whole
-    p = torch.full_like(f, POWER_COEFFICIENTS[0])
-    for coefficient in POWER_COEFFICIENTS[1:]:
-        p = p * f + coefficient
-    exponent = (whole.to(torch.int32) + 127) << 23
-    return torch.where(x >= -125.0, p * exponent.view(torch.float32), 0.0)
-
-
-def select_backend(device: torch.device | str) -> type[AttentionBackend]:
-    """The backend for a device; describe_backend says why it is this one."""
-    return CPUBackend if _kernel_obstacle(device) is None else TorchBackend
-
-
-def describe_backend(device: torch.device | str) -> str:
-    """A line for people: "cpu-avx512", or "torch (why not the kernel)"."""
-    obstacle = _kernel_obstacle(device)
-    if obstacle is None:
-        return f"cpu-{load_kernel().variant}"
-    return f"{TorchBackend.name} ({obstacle})"
-
-
-def _kernel_obstacle(device: torch.device | str) -> str | None:
-    """Why the compiled kernel cannot serve a device, or None."""
-    if torch.device(device).type != "cpu":
-        return "the compiled kernel serves the CPU only"
-    try:
-        load_kernel()
-    except KernelUnavailableError as obstacle:
-        return str(obstacle)
-    return None

@@ -9,9 +9,9 @@
 // written as `madd`, or it does not happen.
 //
 // This file is compiled once for each instruction set, into one library, as
-// ropeway_attention_<VARIANT>; the caller asks ropeway_supports_<VARIANT> and chooses. Everything else has internal linkage
-// and no standard header brings a template in: the linker keeps one copy of a shared inline
-// function, and that copy may use instructions that this machine does not have.
+// ropeway_attention_<VARIANT>; the caller asks ropeway_supports_<VARIANT> and chooses. Everything
+// else has internal linkage and no standard header brings a template in: of a shared inline
+// function the linker keeps one copy, which may use instructions that this machine does not have.
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -100,6 +100,11 @@ inline void store(BFloat16 *to, float from) {  // to nearest, ties to even
     to->bits = from != from ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+template <class T>
+inline void widen(float *to, const T *from, int count) {
+    for (int i = 0; i < count; ++i) load(from + i, to[i]);
+}
+
 // Ask for `count` numbers that will be wanted soon.
 template <class T>
 inline void fetch(const T *from, int count) {
@@ -159,28 +164,50 @@ inline float total(Vec x) {  // by halves, a fixed order
     return x[0];
 }
 
-// ---- One page, one head, a tile of rows --------------------------------------------------------
+// ---- One page of one head, a tile of rows ------------------------------------------------------
 
-// Rotate by the angle whose cosines and sines are given; pairs are (i, i + half).
-inline void rotate(float *out, const float *x, const float *cos, const float *sin, int half, int dim) {
-    for (int i = 0; i < half; ++i) {
-        out[i] = x[i] * cos[i] - x[half + i] * sin[i];
-        out[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
+template <class T>
+struct Page {
+    const T *keys;    // [dim, block]
+    const T *values;  // [block, dim]
+    int dim, block;
+};
+
+// What the rows of one head carry from page to page.
+struct Rows {
+    float *query;  // [rows, dim], times layer.scale
+    float *out;    // [rows, dim], not yet divided by the sum of weights
+    float *best;   // [rows], the largest score so far
+    Vec *sum;      // [rows], the sum of weights so far, lane by lane
+
+    Rows from(int row, int dim) const {
+        return {query + row * dim, out + row * dim, best + row, sum + row};
     }
-    for (int i = 2 * half; i < dim; ++i) out[i] = x[i];
-}
+};
 
 typedef float Queries[MAX_HEAD_DIM];
 typedef float Weights[MAX_BLOCK];
 
+// Rotate by the angle whose cosines and sines are given; pairs are (i, i + half).
+inline void rotate(float *to, const float *x, const float *cos, const float *sin, int half,
+                   int dim) {
+    for (int i = 0; i < half; ++i) {
+        to[i] = x[i] * cos[i] - x[half + i] * sin[i];
+        to[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
+    }
+    for (int i = 2 * half; i < dim; ++i) to[i] = x[i];
+}
+
 // scores[row][slot] = query[row] . key[slot], dimension after dimension, for COLS vectors of slots.
+// A single row waits for memory, so it asks for the values meanwhile.
 template <int ROWS, int COLS, class T>
-inline void score_slots(const T *keys, const T *ahead, int block, int dim, const Queries *query, Weights *scores, int slot) {
+inline void score_slots(Page<T> page, const Queries *query, Weights *scores, int slot) {
     Vec sum[ROWS][COLS] = {};
-    for (int d = 0; d < dim; ++d) {
+    for (int d = 0; d < page.dim; ++d) {
+        const T *const keys = page.keys + d * page.block + slot;
         Vec key[COLS];
-        for (int c = 0; c < COLS; ++c) load(keys + d * block + slot + c * LANES, key[c]);
-        if (ROWS == 1) fetch(ahead + d * block + slot, COLS * LANES);
+        for (int c = 0; c < COLS; ++c) load(keys + c * LANES, key[c]);
+        if (ROWS == 1) fetch(page.values + d * page.block + slot, COLS * LANES);
         for (int r = 0; r < ROWS; ++r)
             for (int c = 0; c < COLS; ++c) sum[r][c] = madd(key[c], all(query[r][d]), sum[r][c]);
     }
@@ -190,53 +217,11 @@ inline void score_slots(const T *keys, const T *ahead, int block, int dim, const
 
 // As wide as the registers allow, then narrower: slots that no row sees are not loaded.
 template <int ROWS, int COLS, class T>
-inline void score(const T *keys, const T *ahead, int block, int dim, const Queries *query, Weights *scores, int slot, int end) {
+inline void score(Page<T> page, const Queries *query, Weights *scores, int slot, int end) {
     for (; slot + COLS * LANES <= end; slot += COLS * LANES)
-        score_slots<ROWS, COLS>(keys, ahead, block, dim, query, scores, slot);
-    if constexpr (COLS > 1) score<ROWS, COLS / 2>(keys, ahead, block, dim, query, scores, slot, end);
+        score_slots<ROWS, COLS>(page, query, scores, slot);
+    if constexpr (COLS > 1) score<ROWS, COLS / 2>(page, query, scores, slot, end);
 }
-
-// out[row] = out[row] * decay[row] + sum over slots of weight[row][slot] * value[slot], slot after
-// slot, for COLS vectors of dimensions. V is Vec, or float for what is left of an odd head_dim.
-template <class V, int ROWS, int COLS, class T>
-inline void sum_dims(const T *values, const T *ahead, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
-    constexpr int WIDTH = sizeof(V) / sizeof(float);
-    V sum[ROWS][COLS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int c = 0; c < COLS; ++c) {
-            load(out + r * dim + d + c * WIDTH, sum[r][c]);
-            sum[r][c] *= decay[r];
-        }
-    for (int s = 0; s < slots; ++s) {
-        V value[COLS];
-        for (int c = 0; c < COLS; ++c) load(values + s * dim + d + c * WIDTH, value[c]);
-        if (ROWS == 1) fetch(ahead + s * dim + d, COLS * WIDTH);
-        for (int r = 0; r < ROWS; ++r)
-            for (int c = 0; c < COLS; ++c) sum[r][c] = madd(value[c], weights[r][s] - V{}, sum[r][c]);
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int c = 0; c < COLS; ++c) store(out + r * dim + d + c * WIDTH, sum[r][c]);
-}
-
-template <int ROWS, int COLS, class T>
-inline void sum_values(const T *values, const T *ahead, int slots, int dim, const Weights *weights, const float *decay, float *out, int d) {
-    for (; d + COLS * LANES <= dim; d += COLS * LANES)
-        sum_dims<Vec, ROWS, COLS>(values, ahead, slots, dim, weights, decay, out, d);
-    if constexpr (COLS > 1)
-        sum_values<ROWS, COLS / 2>(values, ahead, slots, dim, weights, decay, out, d);
-    else
-        for (; d < dim; ++d) sum_dims<float, ROWS, 1>(values, ahead, slots, dim, weights, decay, out, d);
-}
-
-// What a row of one head carries from page to page.
-struct Rows {
-    float *query;  // [rows, head_dim], scaled by log2(e) / sqrt(head_dim)
-    float *out;    // [rows, head_dim], not yet divided by the sum of weights
-    float *best;   // [rows], the largest score so far
-    Vec *sum;      // [rows], the sum of weights so far, lane by lane
-
-    Rows from(int row, int dim) const { return {query + row * dim, out + row * dim, best + row, sum + row}; }
-};
 
 // Turn scores into weights in place; decay[row] is what the row's earlier sums are multiplied by.
 // The first row sees `visible` slots, each next row one more, up to `slots`; the rest of the scores
@@ -270,38 +255,71 @@ inline void weigh(Weights *scores, int visible, int slots, int end, Rows rows, f
     }
 }
 
+// out[row] = out[row] * decay[row] + sum over slots of weight[row][slot] * value[slot], slot after
+// slot, for COLS vectors of dimensions. V is Vec, or float for what is left of an odd head_dim.
+// A single row asks for the next head's keys meanwhile; there is no harm in asking past the last.
+template <class V, int ROWS, int COLS, class T>
+inline void sum_dims(Page<T> page, int slots, const Weights *weights, const float *decay,
+                     float *out, int d) {
+    constexpr int WIDTH = sizeof(V) / sizeof(float);
+    const int dim = page.dim;
+    V sum[ROWS][COLS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLS; ++c) {
+            load(out + r * dim + d + c * WIDTH, sum[r][c]);
+            sum[r][c] *= decay[r];
+        }
+    for (int s = 0; s < slots; ++s) {
+        const T *const values = page.values + s * dim + d;
+        V value[COLS];
+        for (int c = 0; c < COLS; ++c) load(values + c * WIDTH, value[c]);
+        if (ROWS == 1) fetch(page.keys + (page.block + s) * dim + d, COLS * WIDTH);
+        for (int r = 0; r < ROWS; ++r)
+            for (int c = 0; c < COLS; ++c)
+                sum[r][c] = madd(value[c], weights[r][s] - V{}, sum[r][c]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLS; ++c) store(out + r * dim + d + c * WIDTH, sum[r][c]);
+}
+
+template <int ROWS, int COLS, class T>
+inline void sum_values(Page<T> page, int slots, const Weights *weights, const float *decay,
+                       float *out, int d) {
+    for (; d + COLS * LANES <= page.dim; d += COLS * LANES)
+        sum_dims<Vec, ROWS, COLS>(page, slots, weights, decay, out, d);
+    if constexpr (COLS > 1)
+        sum_values<ROWS, COLS / 2>(page, slots, weights, decay, out, d);
+    else
+        for (; d < page.dim; ++d) sum_dims<float, ROWS, 1>(page, slots, weights, decay, out, d);
+}
+
 // ROWS consecutive positions, the first of them `distance` after the page's base, see one page.
 template <int ROWS, class T>
-inline void attend_page(const RopewayLayer &layer, const T *keys, const T *values, int distance, Rows rows) {
+inline void attend_tile(const RopewayLayer &layer, Page<T> page, int distance, Rows rows) {
     constexpr int COLS = smaller(MAX_BLOCK / LANES, REGISTERS / (2 * ROWS));  // half hold sums
-    const int dim = layer.head_dim, half = layer.rotary_dim / 2, block = layer.block_size;
+    const int half = layer.rotary_dim / 2;
     alignas(64) Queries query[ROWS];
     alignas(64) Weights weights[ROWS];
     float decay[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-        const int64_t angle = int64_t(distance + r) * half;
-        rotate(query[r], rows.query + r * dim, layer.cos + angle, layer.sin + angle, half, dim);
+        const float *const cos = layer.cos + int64_t(distance + r) * half;
+        const float *const sin = layer.sin + int64_t(distance + r) * half;
+        rotate(query[r], rows.query + r * page.dim, cos, sin, half, page.dim);
     }
-    const int slots = smaller(block, distance + ROWS);  // that the last row sees
+    const int slots = smaller(page.block, distance + ROWS);  // that the last row sees
     const int end = (slots + LANES - 1) / LANES * LANES;
-    score<ROWS, COLS>(keys, values, block, dim, query, weights, 0, end);
+    score<ROWS, COLS>(page, query, weights, 0, end);
     weigh<ROWS>(weights, distance + 1, slots, end, rows, decay);
-    sum_values<ROWS, COLS>(values, keys + dim * block, slots, dim, weights, decay, rows.out, 0);
+    sum_values<ROWS, COLS>(page, slots, weights, decay, rows.out, 0);
 }
 
-// Rows first .. rows - 1 of one head see one page; row 0 is `distance` after its base.
+// All rows of one head that see a page; row 0 is `distance` after its base.
 template <class T>
-void attend_rows(const RopewayLayer &layer, const T *keys, const T *values, int distance, int first, int rows, Rows head) {
-    int r = first;
+void attend_page(const RopewayLayer &layer, Page<T> page, int distance, int rows, Rows head) {
+    int r = larger(0, -distance);  // the rows before it stand before the page
     for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        attend_page<TILE_ROWS>(layer, keys, values, distance + r, head.from(r, layer.head_dim));
-    for (; r < rows; ++r)
-        attend_page<1>(layer, keys, values, distance + r, head.from(r, layer.head_dim));
-}
-
-template <class T>
-void widen(float *to, const T *from, int count) {
-    for (int i = 0; i < count; ++i) load(from + i, to[i]);
+        attend_tile<TILE_ROWS>(layer, page, distance + r, head.from(r, page.dim));
+    for (; r < rows; ++r) attend_tile<1>(layer, page, distance + r, head.from(r, page.dim));
 }
 
 // ---- One item of work: some rows of a sequence, some heads --------------------------------------
@@ -311,20 +329,22 @@ struct Item {
 };
 
 template <class T>
-void store_item(const RopewayLayer &layer, const RopewayStep &step, const Item &item, const T *qkv) {
+void store_item(const RopewayLayer &layer, const RopewayStep &step, const Item &item,
+                const T *qkv) {
     const int dim = layer.head_dim, half = layer.rotary_dim / 2, block = layer.block_size;
     const int64_t hidden = int64_t(layer.num_heads) * dim;
     float key[MAX_HEAD_DIM], turned[MAX_HEAD_DIM];
     for (int head = item.head; head < item.head + item.heads; ++head)
         for (int row = item.row; row < item.row + item.rows; ++row) {
-            const int64_t page = step.slot_mapping[row] / block;
-            const int offset = int(step.slot_mapping[row] - page * block);
-            const T *from = qkv + row * 3 * hidden + hidden + head * dim;
-            T *keys = (T *)layer.keys + (page * layer.num_heads + head) * dim * block + offset;
-            T *values = (T *)layer.values + (page * layer.num_heads + head) * dim * block + offset * dim;
+            const int64_t id = step.slot_mapping[row] / block;
+            const int offset = int(step.slot_mapping[row] - id * block);
+            const int64_t page = (id * layer.num_heads + head) * dim * block;
+            T *const keys = (T *)layer.keys + page + offset;
+            T *const values = (T *)layer.values + page + offset * dim;
+            const T *const from = qkv + row * 3 * hidden + hidden + head * dim;
             fetch(from + ROWS_AHEAD * 3 * hidden, dim);
             fetch(from + ROWS_AHEAD * 3 * hidden + hidden, dim);
-            for (int d = 0; d < dim; ++d) load(from + d, key[d]);
+            widen(key, from, dim);
             rotate(turned, key, layer.cos + offset * half, layer.sin + offset * half, half, dim);
             for (int d = 0; d < dim; ++d) store(keys + d * block, turned[d]);
             __builtin_memcpy(values, from + hidden, dim * sizeof(T));
@@ -333,52 +353,51 @@ void store_item(const RopewayLayer &layer, const RopewayStep &step, const Item &
 
 // Page after page, and through all heads of a page before the next: one stream of loads.
 template <class T>
-void attend_item(const RopewayLayer &layer, const RopewayStep &step, const Item &item, const T *qkv, T *out, float *scratch) {
+void attend_item(const RopewayLayer &layer, const RopewayStep &step, const Item &item, const T *qkv,
+                 T *out, float *scratch) {
     const int dim = layer.head_dim, block = layer.block_size, rows = item.rows;
     const int64_t hidden = int64_t(layer.num_heads) * dim, all_rows = int64_t(item.heads) * rows;
-    float *wide = scratch, *sums = wide + 2 * dim * block;
-    const Rows state = {sums + all_rows * LANES, sums + all_rows * (LANES + dim),
-                        sums + all_rows * (LANES + 2 * dim), (Vec *)sums};
+    float *const wide = scratch + all_rows * LANES;
+    float *const query = wide + 2 * dim * block, *const sums = query + all_rows * dim;
+    const Rows state = {query, sums, sums + all_rows * dim, (Vec *)scratch};
     for (int h = 0; h < item.heads; ++h)
         for (int r = 0; r < rows; ++r) {
-            const Rows one = state.from(h * rows + r, dim);
-            const T *query = qkv + (item.row + r) * 3 * hidden + (item.head + h) * dim;
-            fetch(query + ROWS_AHEAD * 3 * hidden, dim);
-            *one.best = MINUS_INFINITY;
-            *one.sum = Vec{};
-            for (int d = 0; d < dim; ++d) {
-                load(query + d, one.query[d]);
-                one.query[d] *= layer.scale;
-                one.out[d] = 0;
-            }
+            const Rows row = state.from(h * rows + r, dim);
+            const T *const from = qkv + (item.row + r) * 3 * hidden + (item.head + h) * dim;
+            fetch(from + ROWS_AHEAD * 3 * hidden, dim);
+            widen(row.query, from, dim);
+            for (int d = 0; d < dim; ++d) row.query[d] *= layer.scale;
+            for (int d = 0; d < dim; ++d) row.out[d] = 0;
+            *row.best = MINUS_INFINITY;
+            *row.sum = Vec{};
         }
 
-    const int position = step.positions[item.row];
     const int64_t table = int64_t(item.seq) * step.max_blocks;
-    for (int j = 0; j < step.counts[item.seq]; ++j) {
-        const int distance = position - step.bases[table + j];
-        const int64_t page = step.block_tables[table + j];
+    for (int64_t j = table; j < table + step.counts[item.seq]; ++j) {
+        const int distance = step.positions[item.row] - step.bases[j];
         for (int h = 0; h < item.heads; ++h) {
-            const int64_t at = (page * layer.num_heads + item.head + h) * dim * block;
-            const T *keys = (const T *)layer.keys + at, *values = (const T *)layer.values + at;
+            const int64_t at = int64_t(step.block_tables[j]) * layer.num_heads + item.head + h;
+            const T *const keys = (const T *)layer.keys + at * dim * block;
+            const T *const values = (const T *)layer.values + at * dim * block;
             const Rows head = state.from(h * rows, dim);
-            const int first = larger(0, -distance);  // the rows before it come before the page
-            if (sizeof(T) < sizeof(float) && rows - first >= 2 * TILE_ROWS) {
+            if (sizeof(T) < sizeof(float) && rows - larger(0, -distance) >= 2 * TILE_ROWS) {
+                // Several tiles: widen the page once for all of them. The bits are the same.
                 widen(wide, keys, dim * block);
                 widen(wide + dim * block, values, dim * block);
-                attend_rows<float>(layer, wide, wide + dim * block, distance, first, rows, head);
+                const Page<float> page = {wide, wide + dim * block, dim, block};
+                attend_page(layer, page, distance, rows, head);
             } else {
-                attend_rows<T>(layer, keys, values, distance, first, rows, head);
+                attend_page(layer, Page<T>{keys, values, dim, block}, distance, rows, head);
             }
         }
     }
 
     for (int h = 0; h < item.heads; ++h)
         for (int r = 0; r < rows; ++r) {
-            const Rows one = state.from(h * rows + r, dim);
-            const float sum = total(*one.sum);
-            T *to = out + (item.row + r) * hidden + (item.head + h) * dim;
-            for (int d = 0; d < dim; ++d) store(to + d, one.out[d] / sum);
+            const Rows row = state.from(h * rows + r, dim);
+            const float sum = total(*row.sum);
+            T *const to = out + (item.row + r) * hidden + (item.head + h) * dim;
+            for (int d = 0; d < dim; ++d) store(to + d, row.out[d] / sum);
         }
 }
 
@@ -394,34 +413,39 @@ struct Memory {  // aligned, freed at the end of its scope; null when there is n
 // Whether every address that the step asks for lies inside the cache and the tables.
 bool inside(const RopewayLayer &layer, const RopewayStep &step) {
     const int64_t slots = int64_t(layer.num_blocks) * layer.block_size;
-    if (step.query_start[0] != 0 || step.query_start[step.num_seqs] != step.num_rows) return false;
+    const int32_t *const starts = step.query_start;
+    if (starts[0] != 0 || starts[step.num_seqs] != step.num_rows) return false;
     for (int seq = 0; seq < step.num_seqs; ++seq) {
-        const int start = step.query_start[seq], end = step.query_start[seq + 1];
-        if (start > end || end > step.num_rows || step.counts[seq] < 0 || step.counts[seq] > step.max_blocks) return false;
-        for (int row = start; row < end; ++row)
+        const int start = starts[seq], end = starts[seq + 1], count = step.counts[seq];
+        if (start > end || end > step.num_rows) return false;
+        if (count < 0 || count > step.max_blocks) return false;
+        for (int row = start; row < end; ++row) {
             if (step.slot_mapping[row] < 0 || step.slot_mapping[row] >= slots) return false;
-        for (int64_t j = 0, at = int64_t(seq) * step.max_blocks; start < end && j < step.counts[seq]; ++j, ++at) {
-            if (step.block_tables[at] < 0 || step.block_tables[at] >= layer.num_blocks) return false;
-            if (step.positions[end - 1] - step.bases[at] >= layer.num_positions) return false;
+            if (step.positions[row] != step.positions[start] + row - start) return false;
+        }
+        const int64_t table = int64_t(seq) * step.max_blocks;
+        for (int64_t j = table; j < table + count && start < end; ++j) {
+            if (step.block_tables[j] < 0 || step.block_tables[j] >= layer.num_blocks) return false;
+            const int64_t distance = int64_t(step.positions[end - 1]) - step.bases[j];
+            if (distance < -layer.num_positions || distance >= layer.num_positions) return false;
         }
     }
     return true;
 }
 
-// Cut the step into items; returns how many. Long chunks go a head at a time, so that a head's pages
+// Cut the step into items; returns how many. Long chunks go a head at a time, so that a head's page
 // and rows stay in the nearest cache; a few rows go through all heads of a page, or through as many
 // as leave every thread a share.
 int64_t divide(const RopewayLayer &layer, const RopewayStep &step, Item *items) {
     int64_t count = 0;
     const int share = (layer.num_heads + step.num_threads - 1) / step.num_threads;
+    const int few = step.num_seqs < 4 * step.num_threads ? share : layer.num_heads;
     for (int seq = 0; seq < step.num_seqs; ++seq)
         for (int row = step.query_start[seq]; row < step.query_start[seq + 1]; row += SLAB_ROWS) {
             const int rows = smaller(SLAB_ROWS, step.query_start[seq + 1] - row);
-            const int heads = rows >= 4 * TILE_ROWS                  ? 1
-                              : step.num_seqs < 4 * step.num_threads ? share
-                                                                     : layer.num_heads;
-            for (int head = 0; head < layer.num_heads; head += heads, ++count)
-                items[count] = {seq, row, rows, head, smaller(heads, layer.num_heads - head)};
+            const int heads = rows >= 4 * TILE_ROWS ? 1 : few;
+            for (int head = 0; head < layer.num_heads; head += heads)
+                items[count++] = {seq, row, rows, head, smaller(heads, layer.num_heads - head)};
         }
     return count;
 }
@@ -430,24 +454,24 @@ template <class T>
 int run(const RopewayLayer &layer, const RopewayStep &step, const T *qkv, T *out) {
     const int64_t slabs = step.num_seqs + step.num_rows / SLAB_ROWS;
     const Memory list(slabs * layer.num_heads * sizeof(Item));
-    if (!list.at) return 2;
     Item *const items = (Item *)list.at;
+    if (!items) return 2;
     const int64_t count = divide(layer, step, items);
-    int64_t most = 0;  // rows x heads of the largest item
-    for (int64_t i = 0; i < count; ++i) most = larger(int(most), items[i].rows * items[i].heads);
-    const int64_t wide = 2 * layer.head_dim * layer.block_size;
-    const int64_t floats = wide + (most * (LANES + 2 * layer.head_dim + 1) + 15) / 16 * 16;
+    int most = 0;  // rows x heads of the largest item
+    for (int64_t i = 0; i < count; ++i) most = larger(most, items[i].rows * items[i].heads);
+    int64_t floats = int64_t(most) * (LANES + 2 * layer.head_dim + 1);
+    floats = (floats + 2 * layer.head_dim * layer.block_size + 15) / 16 * 16;
     const Memory scratch(floats * step.num_threads * sizeof(float));
     if (!scratch.at) return 2;
 
 #pragma omp parallel num_threads(step.num_threads)
     {
+        float *const mine = (float *)scratch.at + floats * omp_get_thread_num();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) store_item(layer, step, items[i], qkv);
         // The barrier here is the contract: everything is stored before anyone attends.
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < count; ++i)
-            attend_item(layer, step, items[i], qkv, out, (float *)scratch.at + floats * omp_get_thread_num());
+        for (int64_t i = 0; i < count; ++i) attend_item(layer, step, items[i], qkv, out, mine);
     }
     return 0;
 }
@@ -471,7 +495,9 @@ extern "C" int NAMED(ropeway_supports_, VARIANT)() {
 
 // qkv [num_rows, 3, num_heads, head_dim] -> out [num_rows, num_heads, head_dim]. Returns 0; 1 when
 // the step points outside the cache or the tables; 2 when memory is short.
-extern "C" int NAMED(ropeway_attention_, VARIANT)(const RopewayLayer *layer, const RopewayStep *step, const void *qkv, void *out) {
+extern "C" int NAMED(ropeway_attention_, VARIANT)(const RopewayLayer *layer,
+                                                  const RopewayStep *step, const void *qkv,
+                                                  void *out) {
     if (!inside(*layer, *step)) return 1;
     if (layer->is_bfloat16) return run(*layer, *step, (const BFloat16 *)qkv, (BFloat16 *)out);
     return run(*layer, *step, (const float *)qkv, (float *)out);

@@ -29,8 +29,10 @@ PLANS: dict[str, list[list[Chunk]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _keep_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Unless a test says otherwise; the number of before comes back."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         yield
     torch.set_num_threads(before)
@@ -60,7 +62,6 @@ def test_logits_do_not_depend_on_how_the_work_is_cut(
 ) -> None:
     model = random_model(tiny_config()).to(dtype)
     pack(model)
-    torch.set_num_threads(2)
     expected = _logits(model, make_backend, dtype, [[(0, 0, 150), (1, 0, 9)]])
     torch.set_num_threads(threads)
     actual = _logits(model, make_backend, dtype, PLANS[plan])

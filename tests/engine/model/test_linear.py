@@ -32,8 +32,10 @@ MakeProduct = Callable[[nn.Linear, Activation | None], Product]
 
 
 @pytest.fixture(autouse=True)
-def _keep_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Unless a test says otherwise; the number of before comes back."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         yield
     torch.set_num_threads(before)
@@ -84,7 +86,6 @@ def test_a_row_does_not_depend_on_the_batch(
 ) -> None:
     layer = PackedLinear(_linear(*shape, dtype), activation)
     rows = torch.randn(max(NUM_ROWS), shape[0]).to(dtype)
-    torch.set_num_threads(2)
     whole = layer(rows)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

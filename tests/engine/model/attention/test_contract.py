@@ -37,8 +37,10 @@ LENGTHS = [1, 17, 64, 65, 130, 31]
 
 
 @pytest.fixture(autouse=True)
-def _keep_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Unless a test says otherwise; the number of before comes back."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -112,7 +114,6 @@ def test_cutting_changes_no_bit(
 ) -> None:
     config = attention_config(*shape[:3])
     sequences = Sequences.random(config, LENGTHS, shape[3], dtype, seed)
-    torch.set_num_threads(2)
     expected = sequences.forward(sequences.build(make_backend), sequences.whole())
     torch.set_num_threads(threads)
     backend = sequences.build(make_backend, stale=1e4)
