@@ -210,8 +210,7 @@ class EngineLoop:
             if output.finish_reason is not None:
                 del self._owner[output.request_id]
         stats = self._core.stats
-        targets = by_worker if outputs else dict.fromkeys(self._workers)
-        for worker in targets:
+        for worker in list(self._workers):
             self._send(worker, StepOutput(by_worker[worker], stats))
 
     def _send(self, worker: bytes, message: FromCore) -> None:

@@ -346,8 +346,7 @@ def train(context: typer.Context) -> None:
     """Train a model of this family, as the shipped one was."""
     from weights.train import main as train_main  # noqa: PLC0415
 
-    sys.argv = ["ropeway train", *context.args]
-    train_main()
+    train_main(context.args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -283,9 +283,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Train."""
-    options = build_parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train. arguments: as on the command line, by default those of the process."""
+    options = build_parser().parse_args(arguments)
     if options.minutes is None and options.steps is None:
         sys.exit("say when the decay begins: --minutes or --steps (or both)")
     sources = open_tokens(options.tokens / "train")

