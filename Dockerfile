@@ -1,7 +1,7 @@
 # Ropeway on the CPU:      docker build -t ropeway .
 # Ropeway with CUDA:       docker build -t ropeway --build-arg TORCH_INDEX=https://pypi.org/simple .
 # Run it:                  docker run --rm -p 8000:8000 ropeway
-# Your own model:          docker run --rm -p 8000:8000 -v ./model:/model:ro ropeway serve /model --host 0.0.0.0
+# Your own model:          docker run --rm -p 8000:8000 -v ./model:/model:ro ropeway serve /model
 #
 # Options can be given as variables too: -e ROPEWAY_SERVE_MAX_NUM_SEQS=32. `docker stop` waits 10 s
 # by itself; running streams may take --drain-timeout (30 s): docker stop -t 35.
@@ -32,12 +32,14 @@ FROM ${BASE}
 RUN useradd --create-home --uid 1000 ropeway
 COPY --from=builder /opt/ropeway /opt/ropeway
 ENV PATH=/opt/ropeway/bin:$PATH \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    ROPEWAY_SERVE_HOST=0.0.0.0 \
+    ROPEWAY_SERVE_PORT=8000
 USER ropeway
 WORKDIR /home/ropeway
 EXPOSE 8000
 # http.client and not urllib, which would take a proxy's address from the environment.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", \
-    "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=2); c.request('GET', '/ready'); raise SystemExit(c.getresponse().status != 200)"]
+    "import os, http.client as h; c = h.HTTPConnection('127.0.0.1', int(os.environ['ROPEWAY_SERVE_PORT']), timeout=2); c.request('GET', '/ready'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["ropeway"]
-CMD ["serve", "--host", "0.0.0.0"]
+CMD ["serve"]

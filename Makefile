@@ -24,7 +24,9 @@ $(VENV)/.torch: $(VENV)/.created
 	  $(BIN)/pip install --quiet "$(TORCH)"; \
 	else echo "no CUDA: installing PyTorch for the CPU"; \
 	  $(BIN)/pip install --quiet --no-index --no-deps "$(TORCH)" 2>/dev/null \
-	  || $(BIN)/pip install --quiet --index-url "$(TORCH_INDEX)" "$(TORCH)"; fi
+	  || $(BIN)/pip install --quiet --index-url "$(TORCH_INDEX)" "$(TORCH)" \
+	  || { echo "only the package index can be reached: its PyTorch brings CUDA, several gigabytes"; \
+	       $(BIN)/pip install --quiet "$(TORCH)"; }; fi
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py engine/model/attention/cpu_kernel.cpp

@@ -86,7 +86,9 @@ class ModelConfig:
         for name in ("bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
+        if self.eos_token_id is not None:
+            _at_least("eos_token_id", self.eos_token_id, 0)
+        if self.eos_token_id is not None and self.eos_token_id >= self.vocab_size:
             raise ConfigError(
                 f"eos_token_id must be below vocab_size ({self.vocab_size}), "
                 f"got {self.eos_token_id}"
@@ -155,7 +157,8 @@ class EngineConfig:
     """Everything that an engine is made from.
 
     model_dir: a model directory; threads: CPU threads of the engine, None: one per core;
-    unused_token_ids: ids below vocab_size that the tokenizer does not have; they are never sampled.
+    num_token_ids: one more than the tokenizer's highest id, None: not known; unused_token_ids: ids
+    below it that the tokenizer does not have. What the tokenizer does not have is never sampled.
     """
 
     model_dir: str
@@ -164,6 +167,7 @@ class EngineConfig:
     threads: int | None = None
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    num_token_ids: int | None = None
     unused_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

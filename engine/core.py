@@ -30,11 +30,14 @@ from engine.messages import (
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
 from engine.model.linear import pack
-from engine.model.loader import load_model, read_config
+from engine.model.loader import load_model, read_config, stored_dtypes
 from engine.model.rope import RotaryTable
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
+
+MISCONFIGURED = 2
+"""Exit status of the process where a setting is at fault."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -52,6 +55,18 @@ def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the machine can give, and its container too where there is one."""
+    free: int = psutil.virtual_memory().available
+    try:
+        limit, used = (
+            (cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current")
+        )
+    except OSError:  # no container with a limit of its own
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
 
 
 def num_cache_blocks(
@@ -74,8 +89,34 @@ def num_cache_blocks(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
-        free = psutil.virtual_memory().available
+        free = available_memory()
     return max(1, min(scheduler.max_num_seqs * per_sequence, free // 2 // size))
+
+
+def unsampled_ids(model: ModelConfig, config: EngineConfig) -> list[int]:
+    """Ids below vocab_size that no token has. ConfigError where model and tokenizer disagree."""
+    known = model.vocab_size if config.num_token_ids is None else config.num_token_ids
+    if known > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {known - 1}; vocab_size of config.json is "
+            f"{model.vocab_size}"
+        )
+    unused = [*config.unused_token_ids, *range(known, model.vocab_size)]
+    if model.eos_token_id in unused:
+        raise ConfigError(f"eos_token_id is {model.eos_token_id}, which the tokenizer has not")
+    return unused
+
+
+def _notes(directory: Path, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """What a user should know of the way the model is served."""
+    notes = []
+    stored = stored_dtypes(directory)
+    if stored != {dtype}:
+        names = ", ".join(sorted(str(each).removeprefix("torch.") for each in stored))
+        notes.append(f"the weights are stored in {names} and were converted")
+    if device.type == "cuda":
+        notes.append("on CUDA the last bits of an answer may depend on the batch, for now")
+    return notes
 
 
 class EngineCore:
@@ -90,12 +131,16 @@ class EngineCore:
             torch.set_num_threads(config.threads)
         model_config = read_config(directory)
         block_size = config.cache.block_size
-        num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if device.type == "cpu":
             pack(model)
-        cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
+        num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
+        try:
+            cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
+        except RuntimeError as error:
+            size = num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype)
+            raise ConfigError(f"kv_memory: {size} bytes cannot be had: {error}") from error
         table = RotaryTable.for_model(model.config).to(device)
         backend = select_backend(model.config, table, cache)
         self._pool = BlockPool(num_blocks, block_size)
@@ -103,7 +148,7 @@ class EngineCore:
         batch = InputBatch(
             config.scheduler.max_num_seqs, self._pool.blocks_for(model_config.max_position)
         )
-        sampler = Sampler(model_config.vocab_size, config.unused_token_ids)
+        sampler = Sampler(model_config.vocab_size, unsampled_ids(model_config, config))
         self._runner = ModelRunner(model, backend, sampler, batch)
         self._runner.warm_up((1, 2, 8, 64))
         self.ready = EngineReady(
@@ -120,6 +165,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
+            notes=_notes(directory, dtype, device),
         )
 
     @property
@@ -243,7 +289,7 @@ def main() -> int:
             core = EngineCore(config)
         except RopewayError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return MISCONFIGURED if isinstance(error, ConfigError) else 1
         socket.bind(sys.argv[1])
         EngineLoop(core, socket).run(sys.stdin.fileno())
     return 0

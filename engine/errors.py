@@ -10,7 +10,7 @@ RopewayError
 ├── QueueFull              too many requests wait; answered with a 429
 └── EngineError            the server is at fault; answered with a 5xx
     ├── EngineStarting     the model is still being loaded
-    ├── EngineStartError   the engine process did not become ready
+    ├── EngineStartError   the engine process could not start
     ├── EngineDead         the engine process is gone
     └── Draining           the server is shutting down and takes, or finishes, no more requests
 
@@ -85,7 +85,7 @@ class EngineStarting(EngineError):
 
 
 class EngineStartError(EngineError):
-    """The engine process ended, or timed out, before it was ready."""
+    """The engine process could not start, or ended before it was ready."""
 
     code = "engine_start"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -13,7 +14,7 @@ from engine.errors import InvalidRequest
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import AddRequest, EngineReady, EngineStats, TokenLogprobs
+from engine.messages import AddRequest, EngineOutput, EngineReady, EngineStats, TokenLogprobs
 from engine.request import FinishReason, SamplingParams
 
 
@@ -60,11 +61,13 @@ class LLM:
                 scheduler=SchedulerConfig(
                     max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
                 ),
+                num_token_ids=len(self.tokenizer),
                 unused_token_ids=tuple(self.tokenizer.unused_ids),
             )
         )
         self._admission = Admission(self.tokenizer, self._core.ready)
         self._ids = map(str, count())
+        self._inboxes: dict[str, deque[EngineOutput]] = {}
 
     @property
     def info(self) -> EngineReady:
@@ -128,25 +131,40 @@ class LLM:
     def _run(
         self, requests: Sequence[AddRequest]
     ) -> Iterator[tuple[str, TokenDelta, FinishReason | None]]:
-        """Steps until all have ended; aborts what is left if the caller leaves."""
+        """Steps until all have ended; aborts what is left if the caller leaves.
+
+        Steps also carry what other calls have open; their outputs wait in their inboxes.
+        """
         open_outputs: dict[str, OutputProcessor] = {}
         try:
             for request in requests:
-                self._core.add(request)
                 open_outputs[request.request_id] = OutputProcessor(
                     self.tokenizer, request.params, frozenset(request.stop_token_ids)
                 )
+                self._inboxes[request.request_id] = deque()
+                self._core.add(request)
             while open_outputs:
-                for output in self._core.step():
-                    processor = open_outputs[output.request_id]
-                    delta = processor.process(output)
-                    if processor.finish_reason is not None:
-                        del open_outputs[output.request_id]
-                        self._core.abort(output.request_id)
-                    yield output.request_id, delta, processor.finish_reason
+                for request_id, processor in list(open_outputs.items()):
+                    inbox = self._inboxes[request_id]
+                    while inbox and processor.finish_reason is None:
+                        delta = processor.process(inbox.popleft())
+                        if processor.finish_reason is not None:
+                            del open_outputs[request_id]
+                            self._close(request_id)
+                        yield request_id, delta, processor.finish_reason
+                if open_outputs:
+                    self._step()
         finally:
             for request_id in open_outputs:
-                self._core.abort(request_id)
+                self._close(request_id)
+
+    def _step(self) -> None:
+        for output in self._core.step():
+            self._inboxes[output.request_id].append(output)
+
+    def _close(self, request_id: str) -> None:
+        self._core.abort(request_id)
+        del self._inboxes[request_id]
 
 
 def _empty(params: SamplingParams) -> list[TokenLogprobs] | None:

@@ -12,6 +12,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 SEED_BITS = 64
 MAX_INT = 2**31 - 1
+MIN_TEMPERATURE = 1e-6
 OPTIONAL = ("seed", "max_tokens", "logprobs")
 """Integers that may be None."""
 
@@ -34,7 +35,7 @@ class RequestStatus(enum.Enum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token. Checked when made; the defaults leave the model as it is.
 
-    temperature         0 is greedy; otherwise logits are divided by it
+    temperature         0 is greedy; otherwise, from 1e-6 on, logits are divided by it
     top_k               keep the k likeliest tokens; 0 keeps all
     top_p               keep the smallest set of likeliest tokens whose mass reaches p (nucleus)
     min_p               keep tokens at least min_p times as likely as the likeliest
@@ -71,18 +72,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(self.stop, str):  # one text is meant, not its characters
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
         self._check_number("temperature", 0.0, 100.0)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise InvalidRequest(
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
+                f"got {self.temperature}",
+                "temperature",
+            )
         self._check_integer("top_k", 0, MAX_INT)
         self._check_number("top_p", 0.0, 1.0, open_low=True)
         self._check_number("min_p", 0.0, 1.0)
-        self._check_number("repetition_penalty", 0.0, 100.0, open_low=True)
+        self._check_number("repetition_penalty", 0.01, 100.0)
         self._check_number("presence_penalty", -100.0, 100.0)
         self._check_number("frequency_penalty", -100.0, 100.0)
         self._check_integer("seed", 0, 2**SEED_BITS - 1)
         self._check_integer("max_tokens", 1, MAX_INT)
         self._check_integer("logprobs", 0, MAX_LOGPROBS)
         self._check_stop_strings()
-        for token_id in self.stop_token_ids:
-            _within("stop_token_ids", token_id, 0, MAX_INT)
+        self._check_stop_token_ids()
 
     def _check_number(self, field: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, field)
@@ -98,7 +104,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
         _within(field, value, low, high)
 
+    def _check_stop_token_ids(self) -> None:
+        if not isinstance(self.stop_token_ids, tuple | list):
+            raise InvalidRequest(
+                f"stop_token_ids must be a list, got {self.stop_token_ids!r}", "stop_token_ids"
+            )
+        for token_id in self.stop_token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidRequest(
+                    f"stop_token_ids must hold integers, got {token_id!r}", "stop_token_ids"
+                )
+            _within("stop_token_ids", token_id, 0, MAX_INT)
+
     def _check_stop_strings(self) -> None:
+        if not isinstance(self.stop, tuple | list):
+            raise InvalidRequest(f"stop must be a list of strings, got {self.stop!r}", "stop")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(
                 f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from engine import LLM
 from engine.messages import EngineReady
+from engine.model.loader import read_config
 from loadtest.machine import Machine
 from loadtest.workload import Measured, Workload, run_http, run_offline, served
 
@@ -52,7 +54,7 @@ def spread(values: Sequence[float], digits: int = 1) -> dict[str, float]:
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least this share of the values does not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def figures(runs: Sequence[Measured]) -> dict[str, Any]:
@@ -67,8 +69,13 @@ def figures(runs: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def read_limit(info: EngineReady, machine: Machine, workload: Workload) -> float:
-    """Decode tokens a second if every weight and every cached byte were read at full bandwidth."""
+def read_limit(info: EngineReady, machine: Machine, workload: Workload) -> float | None:
+    """Decode tokens a second if every weight and every cached byte were read at full bandwidth.
+
+    None on CUDA: the bandwidth that was measured is the CPU's.
+    """
+    if info.device != "cpu":
+        return None
     itemsize = 2 if info.dtype == "bfloat16" else 4
     page_bytes = info.kv_bytes / info.num_blocks
     context = workload.prompt_tokens + workload.output_tokens / 2
@@ -111,8 +118,10 @@ def measure(
             limit = read_limit(info, machine, workload)
             for path, each in runs.items():
                 result = {"path": path, **asdict(workload), **figures(each)}
-                result["read_limit_tokens_per_s"] = round(limit, 1)
-                result["of_read_limit"] = round(result["decode_tokens_per_s"]["median"] / limit, 3)
+                if limit is not None:
+                    result["read_limit_tokens_per_s"] = round(limit, 1)
+                    share = result["decode_tokens_per_s"]["median"] / limit
+                    result["of_read_limit"] = round(share, 3)
                 results.append(result)
     return {
         "model": {"name": info.model, "parameters": info.num_parameters},
@@ -151,7 +160,7 @@ def report(title: str, document: dict[str, Any], path: Path | None) -> None:
             str(row["streams"]),
             _ranged(row["tokens_per_s"]),
             _ranged(row["decode_tokens_per_s"]),
-            f"{100 * row['of_read_limit']:.0f} %",
+            f"{100 * row['of_read_limit']:.0f} %" if "of_read_limit" in row else "",
             _ranged(row["first_token_ms"]),
             _ranged(row["gap_ms_median"]),
             _ranged(row["gap_ms_p95"]),
@@ -175,8 +184,7 @@ def latency(
     json_file: Json = None,
 ) -> None:
     """One stream: time to the first token, and from token to token."""
-    info_size = _vocab_size(model)
-    workload = Workload(1, prompt_tokens, output_tokens, info_size)
+    workload = Workload(1, prompt_tokens, output_tokens, read_config(model).vocab_size)
     document = measure(model, dtype, threads, [workload], repeats, http)
     report("latency", {"command": "latency", **document}, json_file)
 
@@ -196,15 +204,11 @@ def throughput(
     """Several streams at once: tokens a second of all together."""
     try:
         counts = [int(count) for count in streams.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"expected numbers by commas, got {streams!r}") from error
-    size = _vocab_size(model)
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise typer.BadParameter(f"--streams must be numbers from 1, by commas, got {streams!r}")
+    size = read_config(model).vocab_size
     workloads = [Workload(count, prompt_tokens, output_tokens, size) for count in counts]
     document = measure(model, dtype, threads, workloads, repeats, http)
     report("throughput", {"command": "throughput", **document}, json_file)
-
-
-def _vocab_size(model: Path) -> int:
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    size: int = config["vocab_size"]
-    return size

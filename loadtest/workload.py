@@ -33,7 +33,7 @@ class Workload:
         """Token ids of each stream's prompt; another set for each repeat."""
         rng = random.Random(f"{self.seed}.{repeat}")
         return [
-            [rng.randrange(256, self.vocab_size) for _ in range(self.prompt_tokens)]
+            [rng.randrange(self.vocab_size) for _ in range(self.prompt_tokens)]
             for _ in range(self.streams)
         ]
 

@@ -28,6 +28,7 @@ from server.sizes import parse_size
 
 BACKLOG = 2048
 STOP_SECONDS = 5.0
+CRASH_SECONDS = 2.0
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 """Exit codes, besides 0."""
 
@@ -77,6 +78,15 @@ def reported() -> Generator[None, None, None]:
         fail(str(error), FAILED)
 
 
+@contextmanager
+def extra(name: str) -> Generator[None, None, None]:
+    """A command whose libraries come with an extra: say so where one is absent."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed; run: pip install 'ropeway[{name}]'", FAILED)
+
+
 def option(*names: str, **settings: Any) -> Any:
     """An option; its environment variable works but would drown its help."""
     return typer.Option(*names, show_envvar=False, **settings)
@@ -106,6 +116,8 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]
         fail(f"cannot listen on {host}:{port}: {reason}", FAILED)
+    except UnicodeError as error:  # no name of a host
+        fail(f"cannot listen on {host}:{port}: {error}", FAILED)
 
 
 def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
@@ -184,7 +196,9 @@ def serve(
     block_size: Annotated[
         int, option(help="Tokens in a page of the cache: 16, 32 or 64.")
     ] = CacheConfig().block_size,
-    api_workers: Annotated[int, option(min=1, help="HTTP processes, which share --max-queue.")] = 1,
+    api_workers: Annotated[
+        int, option(min=1, help="HTTP processes; each has its own /metrics.")
+    ] = 1,
     drain_timeout: Annotated[
         float, option(min=0, help="Seconds that running streams get once told to stop.")
     ] = SERVER.drain_seconds,
@@ -203,16 +217,20 @@ def serve(
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
             ),
+            num_token_ids=len(tokenizer),
             unused_token_ids=tuple(tokenizer.unused_ids),
         )
-    settings = ServerSettings(max_queue=-(-max_queue // api_workers), drain_seconds=drain_timeout)
+    settings = ServerSettings(
+        max_queue=max_queue, num_workers=api_workers, drain_seconds=drain_timeout
+    )
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
 
     def announce(ready: EngineReady) -> None:
         show(Console(), ready, host, bound_port, time.monotonic() - began)
 
-    process = EngineProcess(config)
+    with reported():
+        process = EngineProcess(config)
     peers: list[PeerProcess] = []
     patience = 0.0  # with what is still running, where we are interrupted
     try:
@@ -233,7 +251,9 @@ def serve(
             tokenizer, process.address, listener, settings, exited=process.exit_status, peers=peers
         )
         lived = worker.run(announce)
-        status = process.exit_status()
+        # A process that crashed closes its connections a moment before it has a status.
+        peers_lived = all(each.exit_status() in (None, 0) for each in peers)
+        status = process.exit_status() if lived or not peers_lived else process.wait(CRASH_SECONDS)
         patience = 0.0 if worker.hurried else STOP_SECONDS
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
@@ -244,10 +264,10 @@ def serve(
     if worker.hurried:
         raise typer.Exit(INTERRUPTED)
     if not lived:
-        if status is None:
+        if status in (FAILED, MISUSED):  # the engine process has said what is wrong
+            raise typer.Exit(status)
+        if not peers_lived:
             fail("an HTTP worker process ended", FAILED)
-        if status == 1:  # the engine process has said what is wrong
-            raise typer.Exit(FAILED)
         fail(f"the engine process ended with status {status}", FAILED)
 
 
@@ -315,6 +335,8 @@ def generate(
         llm = LLM(directory, device, dtype, kv_memory, threads=threads, max_num_seqs=1)
         began = time.monotonic()
         moments = []
+        if prompt == "-" and sys.stdin is None:
+            fail("- reads standard input, which is closed", MISUSED)
         text = sys.stdin.read() if prompt == "-" else prompt
         for delta in llm.stream(text, params):
             moments.append(time.monotonic())
@@ -336,17 +358,19 @@ FORWARD = {
 @app.command(context_settings=FORWARD)
 def bench(context: typer.Context) -> None:
     """Measure latency and throughput on this machine, offline and over HTTP."""
-    from loadtest.bench import app as bench_app  # noqa: PLC0415
+    with extra("bench"), reported():
+        from loadtest.bench import app as bench_app  # noqa: PLC0415
 
-    bench_app(context.args, prog_name="ropeway bench")
+        bench_app(context.args, prog_name="ropeway bench")
 
 
 @app.command(context_settings=FORWARD)
 def train(context: typer.Context) -> None:
     """Train a model of this family, as the shipped one was."""
-    from weights.train import main as train_main  # noqa: PLC0415
+    with extra("train"):
+        from weights.train import main as train_main  # noqa: PLC0415
 
-    train_main(context.args)
+        train_main(context.args)
 
 
 if __name__ == "__main__":

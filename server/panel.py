@@ -10,13 +10,13 @@ from rich.text import Text
 from engine.messages import EngineReady
 from server.sizes import format_size
 
-ANY_INTERFACE = ("0.0.0.0", "::")
+ANY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses that mean every interface, and one that they have on this machine."""
 
 
 def url_of(host: str, port: int) -> str:
     """A URL that works on this machine, also where the server listens on every interface."""
-    if host in ANY_INTERFACE:
-        host = "127.0.0.1"
+    host = ANY_INTERFACE.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

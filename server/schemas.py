@@ -94,7 +94,7 @@ class GenerateRequest(RequestModel):
     repetition_penalty: float = Field(
         DEFAULTS.repetition_penalty,
         description="Makes tokens of prompt and output less likely (CTRL); 1 does nothing.",
-        json_schema_extra=_bounds(0, 100, open_low=True),
+        json_schema_extra=_bounds(0.01, 100),
     )
     presence_penalty: float = Field(
         DEFAULTS.presence_penalty,
@@ -129,7 +129,7 @@ class GenerateRequest(RequestModel):
     def to_params(self) -> SamplingParams:
         """Checked sampling parameters. Raises InvalidRequest."""
         fields = {name: getattr(self, name) for name in SamplingParams.__struct_fields__}
-        stop = self.stop or ()
+        stop = () if self.stop is None else self.stop
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
         return SamplingParams(**fields)

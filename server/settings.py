@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Limits of one HTTP process.
+    """Limits of the server.
 
-    max_queue: requests that may wait beyond those that run; max_body_bytes: of a request's body;
+    max_queue: requests that may wait beyond those that run; num_workers: HTTP processes, of which
+    each takes its share of both; max_body_bytes: of a request's body;
     keep_alive_seconds: silence after which a waiting stream gets a comment, so that no proxy takes
     it for dead; drain_seconds: how long running streams may go on once the server is told to stop.
     """
 
     max_queue: int = 1024
+    num_workers: int = 1
     max_body_bytes: int = 1 << 20
     keep_alive_seconds: float = 15.0
     drain_seconds: float = 30.0

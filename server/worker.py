@@ -102,7 +102,12 @@ class HttpWorker:
             loop.add_signal_handler(signum, self.stop)
         if parent is not None:
             loop.add_reader(parent, self._lose_parent, parent)
-        engine = AsyncEngine(self._tokenizer, self._address, max_queue=self._settings.max_queue)
+        engine = AsyncEngine(
+            self._tokenizer,
+            self._address,
+            max_queue=self._settings.max_queue,
+            num_workers=self._settings.num_workers,
+        )
         app = create_app(engine, self._settings, self._exited)
         server = Server(
             uvicorn.Config(
@@ -118,7 +123,7 @@ class HttpWorker:
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
-        lived = await self._until_stopped(engine, on_ready)
+        lived = await self._until_stopped(engine, serving, on_ready)
         app.state.service.drain()
         for peer in self._peers:
             peer.drain()
@@ -133,15 +138,20 @@ class HttpWorker:
         self.stop()
 
     async def _until_stopped(
-        self, engine: AsyncEngine, on_ready: Callable[[EngineReady], None]
+        self,
+        engine: AsyncEngine,
+        serving: asyncio.Task[None],
+        on_ready: Callable[[EngineReady], None],
     ) -> bool:
         announced = False
         while not self._stops:
             if not announced and engine.ready is not None:
                 announced = True
                 on_ready(engine.ready)
-            if engine.ready is not None and (status := self._exited()) is not None:
+            if (status := self._exited()) is not None:
                 engine.fail(EngineDead(f"the engine process ended with status {status}"))
+            if serving.done():  # it could not start; the exception comes where it is awaited
+                return False
             if not engine.alive or any(peer.exit_status() is not None for peer in self._peers):
                 return False
             await asyncio.sleep(TICK_SECONDS)

@@ -227,7 +227,7 @@ def run(
             print(json.dumps(values), file=log, flush=True)
 
         while not trainer.schedule.finished(trainer.step):
-            if steps := end_asked_for(out, trainer):
+            if (steps := end_asked_for(out, trainer)) is not None:
                 trainer.end_in(steps)
                 bar.write(f"step {trainer.step}: ends in {steps} steps")
             values = trainer.train_step()
@@ -296,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
+    if (options.out / "ckpt.pt").exists() and not options.resume:
+        sys.exit(f"{options.out} holds a run already: --resume goes on with it")
     recipe = Recipe(
         batch_tokens=options.batch_tokens,
         learning_rate=options.learning_rate,

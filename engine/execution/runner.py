@@ -92,7 +92,7 @@ class ModelRunner:
         It writes to block 0, which must be free.
         """
         for rows in num_rows:
-            count = min(rows, self._block_size)
+            count = min(rows, self._block_size, self._model.config.max_position)
             metadata = AttentionMetadata(
                 query_start=self._tensor(np.array([0, count], np.int32)),
                 positions=self._tensor(np.arange(count, dtype=np.int32)),

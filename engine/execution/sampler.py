@@ -88,8 +88,13 @@ class Sampler:
         self._counts.pop(request_id, None)
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        """Logits float32 [len(requests), >= vocab_size], overwritten -> one token each."""
+        """Logits float32 [len(requests), >= vocab_size], overwritten -> one token each.
+
+        Raises FloatingPointError where a row has NaN or infinity: no token would be right.
+        """
         logits = logits[:, : self._vocab_size]
+        if not logits.amax(dim=-1).isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
         if len(self._unused):
             logits.index_fill_(1, self._unused, -torch.inf)
         logprobs = self._model_logprobs(logits, requests)

@@ -39,6 +39,13 @@ class Admission:
         """
         token_ids = self._token_ids(prompt)
         stop_token_ids = set(params.stop_token_ids)
+        for token_id in params.stop_token_ids:
+            if token_id not in self.tokenizer:
+                raise InvalidRequest(
+                    f"stop_token_ids holds {token_id}; the tokenizer has ids 0 to "
+                    f"{len(self.tokenizer) - 1}",
+                    "stop_token_ids",
+                )
         if self.engine.eos_token_id is not None and not params.ignore_eos:
             stop_token_ids.add(self.engine.eos_token_id)
         return AddRequest(
@@ -62,8 +69,8 @@ class Admission:
                 )
             try:
                 prompt = self.tokenizer.encode(prompt)
-            except UnicodeEncodeError as error:
-                raise InvalidRequest(f"prompt is not valid Unicode: {error}", "prompt") from error
+            except ValueError as error:
+                raise InvalidRequest(f"prompt cannot be tokenised: {error}", "prompt") from error
         else:
             for at, token_id in enumerate(prompt):
                 if token_id not in self.tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ class Timing:
     queue: float | None = None
     first_token: float | None = None
     total: float | None = None
+
+
+logger = logging.getLogger(__name__)
 
 
 class Stream:
@@ -117,16 +121,20 @@ class Stream:
 class AsyncEngine:
     """A connection to the engine process, for one event loop.
 
-    max_queue: requests that may wait beyond those that run.
+    max_queue: requests that may wait beyond those that run; num_workers: connections of its kind,
+    of which each lets in its share of both.
     """
 
-    def __init__(self, tokenizer: Tokenizer, address: str, *, max_queue: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, address: str, *, max_queue: int, num_workers: int = 1
+    ) -> None:
         """address: where the engine process listens, a ZeroMQ endpoint."""
         self.tokenizer = tokenizer
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
         self._address = address
         self._max_queue = max_queue
+        self._num_workers = num_workers
         self._streams: dict[str, Stream] = {}
         self._admission: Admission | None = None
         self._error: EngineError | None = None
@@ -163,6 +171,8 @@ class AsyncEngine:
         self._socket.connect(self._address)
         self._send(Hello())
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
         while self.ready is None:
             if (status := exited()) is not None:
                 self.fail(EngineStartError(f"the engine process ended with status {status}"))
@@ -177,11 +187,12 @@ class AsyncEngine:
             raise self._error
         if self._admission is None or self.ready is None:
             raise EngineStarting("the model is still being loaded; try again soon")
-        limit = self.ready.max_num_seqs + self._max_queue
+        limit = -(-(self.ready.max_num_seqs + self._max_queue) // self._num_workers)
         if len(self._streams) >= limit:
             raise QueueFull(
                 f"{len(self._streams)} requests run or wait; the limit is {limit} "
-                f"(max_num_seqs {self.ready.max_num_seqs} + max_queue {self._max_queue})"
+                f"(max_num_seqs {self.ready.max_num_seqs} + max_queue {self._max_queue}"
+                f"{f', over {self._num_workers} workers' if self._num_workers > 1 else ''})"
             )
         if request_id in self._streams:
             raise ValueError(f"request id {request_id} is in use")
@@ -236,6 +247,12 @@ class AsyncEngine:
             del self._streams[output.request_id]
             if output.finish_reason is None:  # a stop string, which only this side knows of
                 self._send(AbortRequest(output.request_id))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """No stream may wait for a task that is gone."""
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            logger.error("the connection to the engine broke", exc_info=fault)
+            self.fail(EngineDead(f"the connection to the engine broke: {fault!r}"))
 
     async def _watch(self) -> None:
         """The system closes a dead process's connections at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,10 @@ from pathlib import Path
 import msgspec
 
 from engine.config import EngineConfig
+from engine.errors import EngineStartError
+
+MAX_SOCKET_PATH = 107
+"""What a Unix socket's address holds, without the terminating zero (103 on macOS)."""
 
 
 class EngineProcess:
@@ -21,10 +26,21 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        """Raises EngineStartError where no socket can be had."""
         self._config = config
-        self._folder = tempfile.TemporaryDirectory(prefix="ropeway-")
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="ropeway-")
+        except OSError as error:
+            raise EngineStartError(f"no folder for the engine's socket: {error}") from error
         self._process: subprocess.Popen[bytes] | None = None
-        self.address = f"ipc://{Path(self._folder.name) / 'engine'}"
+        socket = str(Path(self._folder.name) / "engine")
+        if len(os.fsencode(socket)) > MAX_SOCKET_PATH:
+            self._folder.cleanup()
+            raise EngineStartError(
+                f"the engine's socket {socket} has a path of more than {MAX_SOCKET_PATH} bytes; "
+                f"let TMPDIR name a shorter folder"
+            )
+        self.address = f"ipc://{socket}"
 
     def start(self) -> None:
         """Start the process; it is ready when it answers a Hello at the address."""
@@ -35,14 +51,18 @@ class EngineProcess:
         self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
         self._process.stdin.flush()
 
-    @property
-    def pid(self) -> int | None:
-        """Process id, None before start()."""
-        return None if self._process is None else self._process.pid
-
     def exit_status(self) -> int | None:
         """The exit status, None while the process lives."""
         return None if self._process is None else self._process.poll()
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit status, None if the process still lives after `timeout` seconds."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self, timeout: float = 5.0) -> None:
         """Ask it to exit; kill it after `timeout` seconds."""

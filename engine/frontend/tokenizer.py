@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,21 +16,23 @@ from engine.errors import TokenizerError
 
 RANKS_FILE = "tokenizer.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
+RANK = re.compile(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) (\d{1,9})")
+"""A line of a ranks file."""
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Lines of `base64(token) rank`, as tiktoken publishes them."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise TokenizerError(
-                f"{path}:{number}: expected `base64 rank`, got {line!r}"
-            ) from error
+    for number, line in enumerate(lines, start=1):
+        match = RANK.fullmatch(line)
+        if match is not None:
+            ranks[base64.b64decode(match[1])] = int(match[2])
+        elif line:
+            raise TokenizerError(f"{path}:{number}: expected `base64 rank`, got {line!r}")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise TokenizerError(
@@ -46,6 +48,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("pattern"), str):
         raise TokenizerError(f"{path}: needs a text `pattern`, the regular expression of the split")
+    special = config.get("special_tokens", {})
+    if not isinstance(special, dict) or not all(type(each) is int for each in special.values()):
+        raise TokenizerError(f"{path}: special_tokens must be an object of names and ids")
     return config
 
 
@@ -98,9 +103,18 @@ class Tokenizer:
         return [token_id for token_id in range(len(self)) if token_id not in self._ids]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. UnicodeEncodeError for a lone surrogate, which UTF-8 cannot hold."""
+        """Token ids of a text.
+
+        ValueError for a lone surrogate, which UTF-8 cannot hold, and for what makes the regular
+        expression give up (a million spaces).
+        """
         text.encode("utf-8")
-        return self._encoding.encode_ordinary(text)
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tiktoken's Rust; no Exception
+                raise
+            raise ValueError("the tokenizer's regular expression gives up on it") from error
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; nothing for a special one. KeyError where no token has the id."""

@@ -18,7 +18,12 @@ from engine.model.gpt2 import GPT2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+FLOAT_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def _weight_files(directory: Path) -> list[Path]:
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index}: has no weight_map")
-    files = sorted(set(names.values()))
+    files = sorted(set(map(str, names.values())))
     for name in files:
         if Path(name).name != name:
             raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
@@ -99,6 +104,15 @@ def _check_header(
         raise CheckpointError(
             f"{path}: tensor {name} has type {dtype}; one of {', '.join(FLOAT_TYPES)} is needed"
         )
+
+
+def stored_dtypes(directory: Path) -> set[torch.dtype]:
+    """The types of a model directory's tensors. Only the headers are read."""
+    found = set()
+    for path in _weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            found |= {FLOAT_TYPES[file.get_slice(name).get_dtype()] for name in list(file.keys())}
+    return found
 
 
 def half_split(weight: Tensor, config: ModelConfig) -> Tensor:

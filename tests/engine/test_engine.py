@@ -11,14 +11,15 @@ import torch
 
 from engine import LLM, SamplingParams
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
-from engine.core import EngineCore
+from engine.core import EngineCore, available_memory
+from engine.errors import ConfigError
 from engine.messages import AddRequest, EngineOutput
 from engine.model.attention.base import KVCache
 from engine.model.attention.reference import NaiveAttention
 from engine.model.gpt2 import GPT2
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable
-from tests.models import EOS, tiny_config
+from tests.models import EOS, tiny_config, write_model
 
 CONFIG = tiny_config()
 PAGE = KVCache.bytes_per_block(CONFIG, 16, torch.float32)
@@ -251,6 +252,63 @@ def test_llm_generates_in_order(tiny_model_dir: Path) -> None:
             len(completion.prompt_token_ids) + len(completion.token_ids)
         )
     assert "".join(d.text for d in llm.stream("the", params)) == together[0].text
+
+
+def test_llm_calls_may_overlap(tiny_model_dir: Path) -> None:
+    llm = LLM(tiny_model_dir, device="cpu", dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    expected = [completion.text for completion in llm.generate(["the", "in"], params)]
+    first = llm.stream("the", params)
+    text = next(first).text
+    second = llm.stream("in", params)
+    assert llm.generate(["in"], params)[0].text == expected[1]
+    pairs = list(zip(first, second, strict=False))
+    assert text + "".join(delta.text for delta, _ in pairs) == expected[0]
+    assert (
+        "".join(delta.text for _, delta in pairs)
+        == expected[1][: len(expected[1])][: sum(len(delta.text) for _, delta in pairs)]
+    )
+    assert llm.stats.running == 1  # the second has one token left
+
+
+def test_model_smaller_than_a_page(tmp_path: Path) -> None:
+    config = tiny_config(max_position=2)
+    model = write_model(tmp_path, config)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    (completion,) = llm.generate([[5]], SamplingParams(temperature=0, ignore_eos=True))
+    assert completion.token_ids == recompute(model, [5], 2)
+
+
+def test_ids_that_the_tokenizer_has_not_are_not_sampled(tmp_path: Path) -> None:
+    """nanoGPT's vocab_size is 50,304 over 50,257 tokens."""
+    write_model(tmp_path, tiny_config(vocab_size=288))
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    params = SamplingParams(temperature=100.0, max_tokens=150, ignore_eos=True, seed=1)
+    assert max(llm.generate([[1]], params)[0].token_ids) <= EOS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 260, "eos_token_id": 3}, "ids up to 267; vocab_size .* is 260"),
+        ({"vocab_size": 280, "eos_token_id": 270}, "eos_token_id is 270, which the tokenizer"),
+    ],
+)
+def test_model_and_tokenizer_must_agree(
+    tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    write_model(tmp_path, tiny_config(**changes))
+    with pytest.raises(ConfigError, match=message):
+        LLM(tmp_path, device="cpu", dtype="float32")
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    everything = available_memory(tmp_path)
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(tmp_path) == pytest.approx(everything, rel=0.1)
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert available_memory(tmp_path) == 4000
 
 
 def test_llm_leaving_a_stream_frees_pages(tiny_model_dir: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Draining
-from engine.messages import AbortRequest, AddRequest, EngineStats
+from engine.messages import AbortRequest, AddRequest, EngineOutput, EngineStats
 from engine.request import FinishReason
 from server.errors import status_of
 from tests.server.conftest import SETTINGS, Served, parse_events, running
@@ -120,6 +120,17 @@ async def test_engine_death_ends_a_stream_by_an_error(served: Served) -> None:
         assert answer.json()["error"]["code"] == "engine_dead"
     answer = await served.http.post("/generate", json={"prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+
+
+async def test_a_broken_message_ends_streams_and_says_so(served: Served) -> None:
+    """No stream may wait for a reader that is gone."""
+    async with served.client.stream("POST", "/generate", json={"prompt": "a"}) as response:
+        request = await served.fake.expect(AddRequest)
+        await served.fake.step(EngineOutput(request.request_id, 0, 999_999))
+        text = await response.aread()
+    assert b"event: error" in text
+    assert b"the connection to the engine broke: KeyError" in text
+    assert (await served.client.get("/health")).status_code == 503
 
 
 async def test_engine_death_answers_a_waiting_client(served: Served) -> None:

@@ -57,7 +57,7 @@ INVALID: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"prompt": "a", "top_k": 10**30}, "top_k", ["at most"]),
     ({"prompt": "a", "top_p": 0}, "top_p", ["greater than 0", "at most 1"]),
     ({"prompt": "a", "min_p": 1.1}, "min_p", ["at most 1", "1.1"]),
-    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", ["greater than 0"]),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", ["at least 0.01"]),
     ({"prompt": "a", "seed": 2**64}, "seed", ["at most", str(2**64)]),
     ({"prompt": "a", "seed": 10**400}, "seed", ["at most"]),
     ({"prompt": "a", "seed": -1}, "seed", ["at least 0"]),

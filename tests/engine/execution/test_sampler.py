@@ -124,7 +124,7 @@ def test_filters_together() -> None:
     assert_distribution(draws(params), expected)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-6])
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-4])
 def test_cold_is_greedy(temperature: float) -> None:
     assert draws(SamplingParams(temperature=temperature), 100)[0] == 100
 
