@@ -124,13 +124,13 @@ async def test_engine_death_ends_a_stream_by_an_error(served: Served) -> None:
 
 async def test_a_broken_message_ends_streams_and_says_so(served: Served) -> None:
     """No stream may wait for a reader that is gone."""
-    async with served.client.stream("POST", "/generate", json={"prompt": "a"}) as response:
+    async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
         request = await served.fake.expect(AddRequest)
         await served.fake.step(EngineOutput(request.request_id, 0, 999_999))
         text = await response.aread()
     assert b"event: error" in text
     assert b"the connection to the engine broke: KeyError" in text
-    assert (await served.client.get("/health")).status_code == 503
+    assert (await served.http.get("/health")).status_code == 503
 
 
 async def test_engine_death_answers_a_waiting_client(served: Served) -> None:
