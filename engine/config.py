@@ -27,8 +27,10 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _greater_than(name: str, value: float, bound: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not bound < value < math.inf:
-        raise ConfigError(f"{name} must be finite and greater than {bound}, got {value}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
+    if not value > bound:
+        raise ConfigError(f"{name} must be greater than {bound}, got {value}")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

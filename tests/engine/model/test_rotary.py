@@ -141,6 +141,16 @@ def test_xpos_scores_do_not_depend_on_what_was_cached() -> None:
     assert all(map(torch.equal, rotary.rotate_queries_and_keys(short, short), expected))
 
 
+@pytest.mark.parametrize("q_len", [1, 7, TIME])
+def test_xpos_with_cached_keys_has_the_same_bits_as_without(q_len: int) -> None:
+    rotary = RotaryEmbedding(32, use_xpos=True)
+    q, k = heads(2, 3, TIME, 64), heads(2, 3, TIME, 64, seed=1)
+    query, key = rotary.rotate_queries_with_cached_keys(q[:, :, TIME - q_len :], k)
+    expected_query, expected_key = rotary.rotate_queries_and_keys(q, k)
+    assert torch.equal(query, expected_query[:, :, TIME - q_len :])
+    assert torch.equal(key, expected_key)
+
+
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_xpos_with_an_offset_moves_the_queries(factor: float) -> None:
     """Their scores are those of a sequence longer by so much."""
