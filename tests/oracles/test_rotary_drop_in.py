@@ -160,7 +160,7 @@ def test_xpos_with_cached_keys_is_the_uncached(
 
 
 def test_xpos_with_cached_keys_in_the_library_is_not() -> None:
-    """The error that we do not copy: centres differ, by 2.6 % of the largest score at 64 tokens."""
+    """The error that we do not copy: centres differ; some 4 % of the largest score at 64 tokens."""
     theirs = library.RotaryEmbedding(dim=32, use_xpos=True)
     q, k = heads(1, 1, 64, 32), heads(1, 1, 64, 32, seed=1)
     query, key = theirs.rotate_queries_and_keys(q, k)
@@ -168,7 +168,7 @@ def test_xpos_with_cached_keys_in_the_library_is_not() -> None:
     query, key = theirs.rotate_queries_with_cached_keys(q[:, :, -1:], k)
     wrong = (query @ key.transpose(-1, -2)).detach()
     error = float((wrong - right).abs().max() / right.abs().max())
-    assert 0.005 < error < 0.1
+    assert 0.02 < error < 0.06
 
 
 def test_given_scales() -> None:
