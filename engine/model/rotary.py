@@ -153,7 +153,7 @@ class RotaryEmbedding(nn.Module):
         self.default_seq_dim = -3 if seq_before_head_dim else -2
         self.cache_if_possible = cache_if_possible
         self.cache_max_seq_len = cache_max_seq_len
-        self._cached: dict[str, tuple[object, Tensor]] = {}
+        self._cached: dict[str, tuple[Tensor | None, object, Tensor]] = {}  # see _kept
         self._longest = 0
         if use_xpos:
             zeta = (2 * torch.arange(pairs) + XPOS_GAMMA * dim) / ((1 + XPOS_GAMMA) * dim)
@@ -327,13 +327,13 @@ class RotaryEmbedding(nn.Module):
     def _kept(self, name: str, length: int, make: Callable[[], Tensor]) -> Tensor:
         """What make() gives, kept until the length or the frequencies change."""
         version = 0 if self.freqs.is_inference() else self.freqs._version
-        key = (length, version, self.interpolate_factor)
-        entry = self._cached.get(name)
-        if entry is None or entry[0] != key:
+        key = (length, version, self.interpolate_factor, getattr(self, "scale_base", None))
+        freqs, kept_key, kept = self._cached.get(name, (None, None, self.freqs))
+        if freqs is not self.freqs or kept_key != key:
             with torch.inference_mode(False), torch.no_grad():  # for training as well
-                entry = (key, make())
-            self._cached[name] = entry
-        return entry[1]
+                kept = make()
+            self._cached[name] = (self.freqs, key, kept)
+        return kept
 
     def _keeps(self, end: int) -> bool:
         """Whether turns of positions below end are cached."""

@@ -47,6 +47,10 @@ def in_place(rotary: RotaryEmbedding) -> None:
         rotary.freqs.mul_(2)
 
 
+def replace(rotary: RotaryEmbedding) -> None:
+    rotary.freqs = torch.nn.Parameter(rotary.freqs.detach() * 2, requires_grad=False)
+
+
 def interpolate(rotary: RotaryEmbedding) -> None:
     rotary.interpolate_factor = 2.0
 
@@ -55,7 +59,7 @@ def widen(rotary: RotaryEmbedding) -> None:
     rotary.double()
 
 
-@pytest.mark.parametrize("change", [load, assign, in_place, interpolate, widen])
+@pytest.mark.parametrize("change", [load, assign, in_place, replace, interpolate, widen])
 @pytest.mark.parametrize("use_xpos", [False, True])
 def test_the_cache_is_never_stale(
     change: Callable[[RotaryEmbedding], None], use_xpos: bool
