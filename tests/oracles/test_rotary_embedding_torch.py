@@ -6,7 +6,8 @@ import pytest
 import torch
 from rotary_embedding_torch import RotaryEmbedding
 
-from engine.model.rope import RotaryTable, inverse_frequencies, rotate
+from engine.config import RopeScaling
+from engine.model.rope import RopeProfile, RotaryTable, inverse_frequencies, rotate
 
 HEAD_DIM, TIME = 64, 300
 
@@ -34,3 +35,27 @@ def test_rotated_queries_and_scores(rotary_dim: int, base: float) -> None:
     theirs = (theirs_query @ theirs_key.transpose(-1, -2)).detach()
     ours = ours_query @ ours_key.transpose(-1, -2)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_page_relative_xpos_is_the_uncached(factor: float) -> None:
+    """Keys kept by their offset in a page of 64 give the scores of rotate_queries_and_keys."""
+    dim, page = 32, 64
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, TIME, HEAD_DIM, generator=generator)
+    library = RotaryEmbedding(dim=dim, use_xpos=True, interpolate_factor=factor)
+    theirs_query, theirs_key = library.rotate_queries_and_keys(query, key)
+    theirs = (theirs_query @ theirs_key.transpose(-1, -2))[0, 0].detach()
+
+    scaling = RopeScaling(type="xpos", factor=factor)
+    profile = RopeProfile.build(scaling, inverse_frequencies(dim, 1e4), TIME, 1e4)
+    queries, keys = profile.query_table(TIME), profile.key_table(page)
+    half_query, half_key = to_half(query[0, 0], dim), to_half(key[0, 0], dim)
+    for base in range(0, TIME, page):
+        offsets = torch.arange(min(page, TIME - base))
+        stored = rotate(half_key[base + offsets], keys.cos[offsets], keys.sin[offsets])
+        distances = torch.arange(TIME - base)
+        turned = rotate(half_query[base:], queries.cos[distances], queries.sin[distances])
+        error = (turned @ stored.T - theirs[base:, base : base + page]).abs()
+        causal = distances[:, None] >= offsets
+        assert float(error[causal].max()) <= 1e-4 * float(theirs.tril().abs().max())
