@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 import subprocess
@@ -73,11 +74,14 @@ class Measured:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Output tokens a second between the last first token and the first last one."""
+        """Output tokens a second after every stream has had its first, so without the prompts.
+
+        Infinite where the rest came at once: an output too short to be measured.
+        """
         begin = max(times[0] for times in self.arrivals.values())
-        end = min(times[-1] for times in self.arrivals.values())
-        inside = sum(begin < at <= end for times in self.arrivals.values() for at in times)
-        return inside / (end - begin) if end > begin else float("nan")
+        end = max(times[-1] for times in self.arrivals.values())
+        after = sum(at > begin for times in self.arrivals.values() for at in times)
+        return after / (end - begin) if end > begin else math.inf
 
 
 def run_offline(llm: LLM, workload: Workload, repeat: int) -> Measured:
