@@ -142,6 +142,7 @@ class EngineCore:
                 seed=message.seed,
                 max_tokens=message.max_tokens,
                 stop_token_ids=frozenset(message.stop_token_ids),
+                options=message.options,
                 output_token_ids=message.output_token_ids,
                 choice=message.choice,
             )

@@ -13,8 +13,8 @@ from engine.errors import InvalidRequest
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import AddRequest, EngineReady, EngineStats, TokenLogprobs
-from engine.request import FinishReason, SamplingParams
+from engine.messages import AddRequest, EngineOutput, EngineReady, EngineStats, TokenLogprobs
+from engine.request import FinishReason, RequestOptions, SamplingParams
 
 
 @dataclass(slots=True)
@@ -26,11 +26,12 @@ class Completion:
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
 
     @property
     def usage(self) -> Usage:
         """Tokens taken."""
-        return Usage(len(self.prompt_token_ids), len(self.token_ids))
+        return Usage(len(self.prompt_token_ids), len(self.token_ids), self.cached_tokens)
 
 
 class LLM:
@@ -80,6 +81,7 @@ class LLM:
         self,
         prompts: Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        options: RequestOptions = RequestOptions(),
     ) -> list[Completion]:
         """Complete every prompt, batched together; results in the order of the prompts.
 
@@ -90,15 +92,16 @@ class LLM:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(each)} params", "params")
-        requests = [self._admit(*pair) for pair in zip(prompts, each, strict=True)]
+        requests = [self._admit(*pair, options) for pair in zip(prompts, each, strict=True)]
         completions = {
             request.request_id: Completion(
                 request.prompt_token_ids, logprobs=_empty(request.params)
             )
             for request in requests
         }
-        for request_id, delta, finish_reason in self._run(requests):
-            completion = completions[request_id]
+        for output, delta, finish_reason in self._run(requests):
+            completion = completions[output.request_id]
+            completion.cached_tokens += output.cached_tokens
             completion.token_ids.append(delta.token_id)
             completion.text += delta.text
             completion.finish_reason = finish_reason
@@ -107,27 +110,35 @@ class LLM:
         return list(completions.values())
 
     def stream(
-        self, prompt: str | list[int], params: SamplingParams = SamplingParams()
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = SamplingParams(),
+        options: RequestOptions = RequestOptions(),
     ) -> Iterator[TokenDelta]:
         """Complete one prompt, token by token. Leaving early aborts."""
-        for _, delta, _ in self._run([self._admit(prompt, params)]):
+        for _, delta, _ in self._run([self._admit(prompt, params, options)]):
             yield delta
 
     def stream_all(
-        self, prompts: Sequence[str | list[int]], params: SamplingParams = SamplingParams()
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams = SamplingParams(),
+        options: RequestOptions = RequestOptions(),
     ) -> Iterator[tuple[int, TokenDelta]]:
         """Complete every prompt, batched together; (place of the prompt, token) as they come."""
-        requests = [self._admit(prompt, params) for prompt in prompts]
+        requests = [self._admit(prompt, params, options) for prompt in prompts]
         places = {request.request_id: place for place, request in enumerate(requests)}
-        for request_id, delta, _ in self._run(requests):
-            yield places[request_id], delta
+        for output, delta, _ in self._run(requests):
+            yield places[output.request_id], delta
 
-    def _admit(self, prompt: str | list[int], params: SamplingParams) -> AddRequest:
-        return self._admission.admit(next(self._ids), prompt, params)
+    def _admit(
+        self, prompt: str | list[int], params: SamplingParams, options: RequestOptions
+    ) -> AddRequest:
+        return self._admission.admit(next(self._ids), prompt, params, options)
 
     def _run(
         self, requests: Sequence[AddRequest]
-    ) -> Iterator[tuple[str, TokenDelta, FinishReason | None]]:
+    ) -> Iterator[tuple[EngineOutput, TokenDelta, FinishReason | None]]:
         """Steps until all have ended; aborts what is left if the caller leaves."""
         open_outputs: dict[str, OutputProcessor] = {}
         try:
@@ -143,7 +154,7 @@ class LLM:
                     if processor.finish_reason is not None:
                         del open_outputs[output.request_id]
                         self._core.abort(output.request_id)
-                    yield output.request_id, delta, processor.finish_reason
+                    yield output, delta, processor.finish_reason
         finally:
             for request_id in open_outputs:
                 self._core.abort(request_id)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import FinishReason, Request, RequestOptions, SamplingParams
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -22,6 +22,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     seed: int
     max_tokens: int
     stop_token_ids: list[int]
+    options: RequestOptions = RequestOptions()
     output_token_ids: list[int] = []
     choice: int = 0
 
@@ -50,7 +51,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     """Core to frontend: what a step gave one request.
 
     index: stream index of the token. queue_seconds: how long the request waited for its first step,
-    sent with its first token.
+    sent with its first token, as is cached_tokens: tokens of its prompt that were not computed.
     """
 
     request_id: str
@@ -59,19 +60,27 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     queue_seconds: float | None = None
+    cached_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The core's gauges and counters, as of the last step."""
+    """The core's gauges and counters, as of the last step.
+
+    blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. prefix_queries:
+    tokens of the prompts that began; prefix_hits: those of them that were cached.
+    """
 
     running: int = 0
     waiting: int = 0
     blocks_total: int = 0
     blocks_free: int = 0
+    blocks_cached: int = 0
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

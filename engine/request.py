@@ -10,6 +10,7 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_SALT = 256
 SEED_BITS = 64
 MAX_INT = 2**31 - 1
 OPTIONAL = ("seed", "max_tokens", "logprobs")
@@ -125,6 +126,27 @@ def _within(field: str, value: float, low: float, high: float, open_low: bool = 
     raise InvalidRequest(f"{field} must be {least} and at most {high}, got {value}", field)
 
 
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request is treated, whatever its tokens are. Checked when made.
+
+    cache_salt  opaque; pages are shared among requests of the same salt only, so that nobody can
+                tell by time what others asked
+    """
+
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cache_salt, str):
+            raise InvalidRequest(
+                f"cache_salt must be a text, got {self.cache_salt!r}", "cache_salt"
+            )
+        if len(self.cache_salt) > MAX_SALT:
+            raise InvalidRequest(
+                f"cache_salt can have at most {MAX_SALT} characters, got {len(self.cache_salt)}",
+                "cache_salt",
+            )
+
+
 class Request:
     """One stream of tokens in the engine. Only the scheduler writes to it.
 
@@ -139,10 +161,14 @@ class Request:
         "choice",
         "finish_reason",
         "max_tokens",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_remembered_blocks",
+        "options",
         "params",
+        "prefix",
         "request_id",
         "scheduled",
         "seed",
@@ -160,6 +186,7 @@ class Request:
         seed: int,
         max_tokens: int,
         stop_token_ids: frozenset[int],
+        options: RequestOptions = RequestOptions(),
         output_token_ids: list[int] | None = None,
         choice: int = 0,
         arrival: float = 0.0,
@@ -167,12 +194,15 @@ class Request:
         """output_token_ids: what an earlier engine had generated for this request already.
 
         arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
-        began.
+        began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
+        num_remembered_blocks pages of the table are known to that cache under the number `prefix`,
+        None where they cannot be.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
+        self.options = options
         self.seed = seed
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
@@ -182,9 +212,17 @@ class Request:
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_remembered_blocks = 0
+        self.prefix: int | tuple[int, str] | None = self.origin
         self.num_preemptions = 0
         self.block_table: list[int] = []
         self.bases: list[int] = []
+
+    @property
+    def origin(self) -> tuple[int, str]:
+        """What its prefixes begin with: the rotation profile (one so far) and the salt."""
+        return (0, self.options.cache_salt)
 
     @property
     def num_tokens(self) -> int:

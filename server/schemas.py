@@ -187,11 +187,12 @@ class TokenEvent(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """Tokens that a request took."""
+    """Tokens that a request took. `cached_tokens` of the prompt were not computed again."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int
 
 
 class TimingBody(BaseModel):
@@ -268,6 +269,7 @@ def _summary(stream: Stream) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
+            "cached_tokens": usage.cached_tokens,
         },
         "timing": {name: at if at is None else round(at, 6) for name, at in moments.items()},
     }

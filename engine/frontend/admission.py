@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from engine.errors import ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineReady
-from engine.request import SEED_BITS, SamplingParams
+from engine.request import SEED_BITS, RequestOptions, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that a request took."""
+    """Tokens that a request took. cached_tokens: of the prompt, found in the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -31,7 +32,13 @@ class Admission:
     tokenizer: Tokenizer
     engine: EngineReady
 
-    def admit(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> AddRequest:
+    def admit(
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> AddRequest:
         """Settle tokens, seed, limit and end tokens.
 
         Raises InvalidRequest for a prompt that is empty or holds ids that no token has, and
@@ -45,6 +52,7 @@ class Admission:
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=params,
+            options=options,
             seed=secrets.randbits(SEED_BITS) if params.seed is None else params.seed,
             max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
             stop_token_ids=sorted(stop_token_ids),

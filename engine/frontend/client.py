@@ -28,7 +28,7 @@ from engine.messages import (
     StepOutput,
     ToCore,
 )
-from engine.request import FinishReason, SamplingParams
+from engine.request import FinishReason, RequestOptions, SamplingParams
 
 
 @dataclass(slots=True)
@@ -56,6 +56,7 @@ class Stream:
         self.prompt_token_ids = request.prompt_token_ids
         self.seed = request.seed
         self.timing = Timing()
+        self._cached_tokens = 0
         self._output = OutputProcessor(tokenizer, request.params, frozenset(request.stop_token_ids))
         self._submitted = time.monotonic()
         self._waiting: list[TokenDelta] = []
@@ -71,7 +72,7 @@ class Stream:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(len(self.prompt_token_ids), self._output.num_tokens)
+        return Usage(len(self.prompt_token_ids), self._output.num_tokens, self._cached_tokens)
 
     def close(self) -> None:
         """Abort, unless the request has ended."""
@@ -83,6 +84,7 @@ class Stream:
         if self.timing.first_token is None:
             self.timing.first_token = now
             self.timing.queue = output.queue_seconds
+            self._cached_tokens = output.cached_tokens
         self._waiting.append(self._output.process(output))
         if self.finish_reason is not None:
             self.timing.total = now
@@ -171,7 +173,13 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         return self.ready
 
-    def submit(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Stream:
+    def submit(
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> Stream:
         """Start a request. Raises RequestError, QueueFull or EngineError."""
         if self._error is not None:
             raise self._error
@@ -185,7 +193,7 @@ class AsyncEngine:
             )
         if request_id in self._streams:
             raise ValueError(f"request id {request_id} is in use")
-        request = self._admission.admit(request_id, prompt, params)
+        request = self._admission.admit(request_id, prompt, params, options)
         stream = Stream(request, self.tokenizer, self._close_stream)
         self._streams[request_id] = stream
         self._send(request)

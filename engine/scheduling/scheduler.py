@@ -21,6 +21,7 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.prefix_cache import CachedPage
 
 
 class Scheduler:
@@ -44,6 +45,8 @@ class Scheduler:
         self._preemptions = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -62,6 +65,9 @@ class Scheduler:
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            blocks_cached=self.pool.num_cached,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
         )
 
     def add(self, request: Request) -> None:
@@ -114,6 +120,7 @@ class Scheduler:
         for item in step.scheduled:
             request = item.request
             request.num_computed_tokens += item.num_tokens
+            self._remember(request)
             if not item.samples:
                 continue
             token = next(tokens)
@@ -139,6 +146,7 @@ class Scheduler:
                     request.finish_reason,
                     token.logprobs,
                     queue_seconds,
+                    request.num_cached_tokens if index == 0 else 0,
                 )
             )
         return outputs
@@ -151,13 +159,21 @@ class Scheduler:
         """
         while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
             request = self._waiting[0]
-            if self._missing_blocks(request) > self.pool.num_free:
+            pages = self._known_pages(request)
+            missing = self._missing_blocks(request) - len(pages)
+            if missing > self.pool.num_free_without(pages):
                 break
             self._waiting.popleft()
             self._running.append(request)
             request.status = RequestStatus.RUNNING
+            self._share(request, pages)
             if request.scheduled is None:
                 request.scheduled = self._clock()
+                request.num_cached_tokens = min(
+                    request.num_computed_tokens, request.num_prompt_tokens
+                )
+                self._prefix_queries += request.num_prompt_tokens
+                self._prefix_hits += request.num_cached_tokens
             self._grow(request)
             budget -= self._take(request, budget, scheduled)
 
@@ -201,8 +217,34 @@ class Scheduler:
             request.bases.append(len(request.block_table) * self.pool.block_size)
             request.block_table.append(block_id)
 
+    def _known_pages(self, request: Request) -> list[CachedPage]:
+        """Cached pages of a request's beginning; never all of it, since its last token is what the
+        next one is computed from."""
+        max_blocks = (request.num_tokens - 1) // self.pool.block_size
+        return self.pool.match(request.origin, request.token_ids, max_blocks)
+
+    def _share(self, request: Request, pages: list[CachedPage]) -> None:
+        """Begin a request's table with cached pages."""
+        request.block_table = self.pool.share(pages)
+        request.bases = [at * self.pool.block_size for at in range(len(pages))]
+        request.num_computed_tokens = len(pages) * self.pool.block_size
+        request.num_remembered_blocks = len(pages)
+        request.prefix = pages[-1].serial if pages else request.origin
+
+    def _remember(self, request: Request) -> None:
+        """Offer the pages that a request has filled to others."""
+        size = self.pool.block_size
+        while (request.num_remembered_blocks + 1) * size <= request.num_computed_tokens:
+            at = request.num_remembered_blocks
+            request.num_remembered_blocks += 1
+            if request.prefix is not None:
+                token_ids = request.token_ids[at * size : (at + 1) * size]
+                request.prefix = self.pool.remember(
+                    request.prefix, token_ids, request.block_table[at]
+                )
+
     def _release_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_table)
+        self.pool.release(reversed(request.block_table))
         request.block_table = []
         request.bases = []
 

@@ -30,7 +30,12 @@ async def test_events_are_those_of_the_contract(served: Served) -> None:
     assert first.data["index"] == 0
     assert (done.id, done.event) == (None, "done")
     assert done.data["finish_reason"] == "length"
-    assert done.data["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert done.data["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 2,
+        "total_tokens": 4,
+        "cached_tokens": 0,
+    }
     timing = done.data["timing"]
     assert timing["queue_s"] == 0.25
     assert 0 < timing["first_token_s"] <= timing["total_s"] < 5
@@ -50,7 +55,12 @@ async def test_json_has_the_same_content(served: Served) -> None:
         "text": "hi",
         "token_ids": [*b"hi", EOS],
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 3,
+            "total_tokens": 6,
+            "cached_tokens": 0,
+        },
     }
     assert response.headers["x-request-id"] == request.request_id
 
