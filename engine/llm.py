@@ -102,9 +102,11 @@ class LLM:
         for output, delta, finish_reason in self._run(requests):
             completion = completions[output.request_id]
             completion.cached_tokens += output.cached_tokens
+            completion.finish_reason = finish_reason
+            if delta is None:
+                continue
             completion.token_ids.append(delta.token_id)
             completion.text += delta.text
-            completion.finish_reason = finish_reason
             if completion.logprobs is not None and delta.logprobs is not None:
                 completion.logprobs.append(delta.logprobs)
         return list(completions.values())
@@ -117,7 +119,8 @@ class LLM:
     ) -> Iterator[TokenDelta]:
         """Complete one prompt, token by token. Leaving early aborts."""
         for _, delta, _ in self._run([self._admit(prompt, params, options)]):
-            yield delta
+            if delta is not None:
+                yield delta
 
     def stream_all(
         self,
@@ -129,7 +132,8 @@ class LLM:
         requests = [self._admit(prompt, params, options) for prompt in prompts]
         places = {request.request_id: place for place, request in enumerate(requests)}
         for output, delta, _ in self._run(requests):
-            yield places[output.request_id], delta
+            if delta is not None:
+                yield places[output.request_id], delta
 
     def _admit(
         self, prompt: str | list[int], params: SamplingParams, options: RequestOptions
@@ -138,7 +142,7 @@ class LLM:
 
     def _run(
         self, requests: Sequence[AddRequest]
-    ) -> Iterator[tuple[EngineOutput, TokenDelta, FinishReason | None]]:
+    ) -> Iterator[tuple[EngineOutput, TokenDelta | None, FinishReason | None]]:
         """Steps until all have ended; aborts what is left if the caller leaves."""
         open_outputs: dict[str, OutputProcessor] = {}
         try:

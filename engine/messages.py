@@ -50,13 +50,15 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     """Core to frontend: what a step gave one request.
 
-    index: stream index of the token. queue_seconds: how long the request waited for its first step,
-    sent with its first token, as is cached_tokens: tokens of its prompt that were not computed.
+    index: stream index of the token. token_id: None where the request ended without one, at its
+    timeout; then index is that of the token that would have come. queue_seconds: how long the
+    request waited for its first step, sent with its first token, as is cached_tokens: tokens of its
+    prompt that were not computed.
     """
 
     request_id: str
     index: int
-    token_id: int
+    token_id: int | None
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     queue_seconds: float | None = None

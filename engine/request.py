@@ -11,10 +11,12 @@ from engine.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_SALT = 256
+MAX_PRIORITY = 100
+MAX_TIMEOUT_S = 86_400.0
 SEED_BITS = 64
 MAX_INT = 2**31 - 1
-OPTIONAL = ("seed", "max_tokens", "logprobs")
-"""Integers that may be None."""
+OPTIONAL = ("seed", "max_tokens", "logprobs", "timeout_s")
+"""Numbers that may be None."""
 
 
 class FinishReason(enum.StrEnum):
@@ -22,6 +24,7 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"  # an end token, a stop token id or a stop string
     LENGTH = "length"  # max_tokens
+    TIMEOUT = "timeout"  # timeout_s
 
 
 class RequestStatus(enum.Enum):
@@ -71,33 +74,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # one text is meant, not its characters
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        self._check_number("temperature", 0.0, 100.0)
-        self._check_integer("top_k", 0, MAX_INT)
-        self._check_number("top_p", 0.0, 1.0, open_low=True)
-        self._check_number("min_p", 0.0, 1.0)
-        self._check_number("repetition_penalty", 0.0, 100.0, open_low=True)
-        self._check_number("presence_penalty", -100.0, 100.0)
-        self._check_number("frequency_penalty", -100.0, 100.0)
-        self._check_integer("seed", 0, 2**SEED_BITS - 1)
-        self._check_integer("max_tokens", 1, MAX_INT)
-        self._check_integer("logprobs", 0, MAX_LOGPROBS)
+        _check_number(self, "temperature", 0.0, 100.0)
+        _check_integer(self, "top_k", 0, MAX_INT)
+        _check_number(self, "top_p", 0.0, 1.0, open_low=True)
+        _check_number(self, "min_p", 0.0, 1.0)
+        _check_number(self, "repetition_penalty", 0.0, 100.0, open_low=True)
+        _check_number(self, "presence_penalty", -100.0, 100.0)
+        _check_number(self, "frequency_penalty", -100.0, 100.0)
+        _check_integer(self, "seed", 0, 2**SEED_BITS - 1)
+        _check_integer(self, "max_tokens", 1, MAX_INT)
+        _check_integer(self, "logprobs", 0, MAX_LOGPROBS)
         self._check_stop_strings()
         for token_id in self.stop_token_ids:
             _within("stop_token_ids", token_id, 0, MAX_INT)
-
-    def _check_number(self, field: str, low: float, high: float, open_low: bool = False) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidRequest(f"{field} must be a number, got {value!r}", field)
-        _within(field, value, low, high, open_low)
-
-    def _check_integer(self, field: str, low: int, high: int) -> None:
-        value = getattr(self, field)
-        if value is None and field in OPTIONAL:
-            return
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
-        _within(field, value, low, high)
 
     def _check_stop_strings(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -118,6 +107,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature == 0.0
 
 
+def _check_number(
+    owner: object, field: str, low: float, high: float, open_low: bool = False
+) -> None:
+    value = getattr(owner, field)
+    if value is None and field in OPTIONAL:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{field} must be a number, got {value!r}", field)
+    _within(field, value, low, high, open_low)
+
+
+def _check_integer(owner: object, field: str, low: int, high: int) -> None:
+    value = getattr(owner, field)
+    if value is None and field in OPTIONAL:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
+    _within(field, value, low, high)
+
+
 def _within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     # Comparisons with NaN are false, so it is never within.
     if (low < value if open_low else low <= value) and value <= high:
@@ -129,13 +138,20 @@ def _within(field: str, value: float, low: float, high: float, open_low: bool = 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a request is treated, whatever its tokens are. Checked when made.
 
+    priority    the greater, the sooner it starts, as if it had come some seconds earlier for each
+                point (SchedulerConfig.priority_seconds); and the later it is preempted
+    timeout_s   seconds that it may wait and run; then it ends as it is. None: no limit
     cache_salt  opaque; pages are shared among requests of the same salt only, so that nobody can
                 tell by time what others asked
     """
 
+    priority: int = 0
+    timeout_s: float | None = None
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
+        _check_integer(self, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+        _check_number(self, "timeout_s", 0.0, MAX_TIMEOUT_S, open_low=True)
         if not isinstance(self.cache_salt, str):
             raise InvalidRequest(
                 f"cache_salt must be a text, got {self.cache_salt!r}", "cache_salt"
@@ -168,6 +184,7 @@ class Request:
         "num_remembered_blocks",
         "options",
         "params",
+        "pinned",
         "prefix",
         "request_id",
         "scheduled",
@@ -175,6 +192,7 @@ class Request:
         "status",
         "stop_token_ids",
         "token_ids",
+        "turn",
     )
 
     def __init__(
@@ -197,6 +215,9 @@ class Request:
         began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
         num_remembered_blocks pages of the table are known to that cache under the number `prefix`,
         None where they cannot be.
+
+        turn: where it stands in the queue, least first; its second part numbers the arrivals.
+        pinned: it runs and may not be preempted.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
@@ -216,6 +237,8 @@ class Request:
         self.num_remembered_blocks = 0
         self.prefix: int | tuple[int, str] | None = self.origin
         self.num_preemptions = 0
+        self.turn = (arrival, 0)
+        self.pinned = False
         self.block_table: list[int] = []
         self.bases: list[int] = []
 

@@ -72,7 +72,7 @@ class Metrics:
         self._registry.register(EngineCollector(engine))
         self.requests = Counter(
             "ropeway_requests",
-            "Requests by outcome: stop, length, aborted, error or the code of a refusal.",
+            "Requests by outcome: stop, length, timeout, aborted, error or the code of a refusal.",
             ["outcome"],
             registry=self._registry,
         )

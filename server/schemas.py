@@ -19,13 +19,17 @@ from engine.messages import TokenLogprobs
 from engine.request import (
     MAX_INT,
     MAX_LOGPROBS,
+    MAX_PRIORITY,
     MAX_STOP_STRINGS,
+    MAX_TIMEOUT_S,
     SEED_BITS,
     FinishReason,
+    RequestOptions,
     SamplingParams,
 )
 
 DEFAULTS = SamplingParams()
+OPTIONS = RequestOptions()
 
 
 def _is_list_of(kind: type, value: object) -> bool:
@@ -125,6 +129,18 @@ class GenerateRequest(RequestModel):
         description="Give each token's log-probability and those of the k likeliest.",
         json_schema_extra=_bounds(0, MAX_LOGPROBS),
     )
+    priority: int = Field(
+        OPTIONS.priority,
+        description="The greater, the sooner the request starts; the others wait longer, but never "
+        "for ever.",
+        json_schema_extra=_bounds(-MAX_PRIORITY, MAX_PRIORITY),
+    )
+    timeout_s: float | None = Field(
+        OPTIONS.timeout_s,
+        description="Seconds that the request may wait and run; then it ends with what it has and "
+        "the finish reason `timeout`. null: no limit.",
+        json_schema_extra=_bounds(0, MAX_TIMEOUT_S, open_low=True),
+    )
 
     def to_params(self) -> SamplingParams:
         """Checked sampling parameters. Raises InvalidRequest."""
@@ -133,6 +149,10 @@ class GenerateRequest(RequestModel):
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
         return SamplingParams(**fields)
+
+    def to_options(self) -> RequestOptions:
+        """Checked options. Raises InvalidRequest."""
+        return RequestOptions(priority=self.priority, timeout_s=self.timeout_s)
 
 
 class TopLogprob(BaseModel):

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from engine.errors import Draining, EngineError, EngineStarting, RopewayError
 from engine.frontend.client import AsyncEngine, Stream
 from engine.frontend.output import TokenDelta
-from engine.request import SamplingParams
+from engine.request import RequestOptions, SamplingParams
 from server.metrics import Metrics
 from server.settings import ServerSettings
 
@@ -89,11 +89,16 @@ class Service:
         if self.engine.ready is None:
             raise EngineStarting("the model is still being loaded; try again soon")
 
-    def generate(self, prompt: str | list[int], params: SamplingParams) -> Generation:
+    def generate(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> Generation:
         """Start a request. Raises RequestError, QueueFull or EngineError."""
         try:
             self.check_ready()
-            stream = self.engine.submit(uuid.uuid4().hex, prompt, params)
+            stream = self.engine.submit(uuid.uuid4().hex, prompt, params, options)
         except RopewayError as error:
             self.metrics.requests.labels(error.code).inc()
             raise

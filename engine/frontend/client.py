@@ -79,13 +79,14 @@ class Stream:
         self._close(self)
 
     def deliver(self, output: EngineOutput) -> None:
-        """Take a token from the engine."""
+        """Take a token, or the end without one, from the engine."""
         now = time.monotonic() - self._submitted
-        if self.timing.first_token is None:
-            self.timing.first_token = now
-            self.timing.queue = output.queue_seconds
-            self._cached_tokens = output.cached_tokens
-        self._waiting.append(self._output.process(output))
+        if (delta := self._output.process(output)) is not None:
+            self._waiting.append(delta)
+            if self.timing.first_token is None:
+                self.timing.first_token = now
+                self.timing.queue = output.queue_seconds
+                self._cached_tokens = output.cached_tokens
         if self.finish_reason is not None:
             self.timing.total = now
         self._news.set()

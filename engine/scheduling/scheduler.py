@@ -7,9 +7,11 @@ max_num_batched_tokens over all requests. Chunked prefill, preemption and recove
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Sequence
+from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.messages import (
@@ -33,14 +35,17 @@ class Scheduler:
         pool: BlockPool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """clock: seconds; for the time that requests wait."""
+        """clock: seconds; for the time that requests wait, and their timeouts."""
         self.config = config
         self.pool = pool
         self._clock = clock
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []  # whose turn is next first
         self._running: list[Request] = []  # oldest first
         self._requests: dict[str, Request] = {}
         self._released: list[str] = []
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._ended: list[EngineOutput] = []  # without a token, in this step
+        self._numbers = count()
         self._steps = 0
         self._preemptions = 0
         self._prompt_tokens = 0
@@ -75,19 +80,20 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id} is here already")
         request.arrival = self._clock()
+        number = next(self._numbers)
+        advance = request.options.priority * self.config.priority_seconds
+        request.turn = (request.arrival - advance, number)
+        if request.options.timeout_s is not None:
+            deadline = request.arrival + request.options.timeout_s
+            heapq.heappush(self._deadlines, (deadline, number, request))
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_turn)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its pages; one that has ended already is no error."""
         request = self._requests.get(request_id)
-        if request is None:
-            return
-        if request.status is RequestStatus.RUNNING:
-            self._running.remove(request)
-        else:
-            self._waiting.remove(request)
-        self._forget(request)
+        if request is not None:
+            self._forget(request)
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's tokens and give them pages.
@@ -96,6 +102,7 @@ class Scheduler:
         they leave of the budget.
         """
         self._steps += 1
+        self._expire()
         budget = self.config.max_num_batched_tokens
         scheduled: dict[str, ScheduledRequest] = {}
         num_running = len(self._running)
@@ -115,7 +122,7 @@ class Scheduler:
 
     def update(self, step: SchedulerOutput, sampled: Sequence[SampledToken]) -> list[EngineOutput]:
         """Take in what a step computed: `sampled` in the order of the scheduled that sample."""
-        outputs: list[EngineOutput] = []
+        outputs, self._ended = self._ended, []
         tokens = iter(sampled)
         for item in step.scheduled:
             request = item.request
@@ -136,7 +143,6 @@ class Scheduler:
             elif request.num_output_tokens >= request.max_tokens:
                 request.finish_reason = FinishReason.LENGTH
             if request.finish_reason is not None:
-                self._running.remove(request)
                 self._forget(request)
             outputs.append(
                 EngineOutput(
@@ -152,20 +158,30 @@ class Scheduler:
         return outputs
 
     def _admit(self, budget: int, scheduled: dict[str, ScheduledRequest]) -> None:
-        """Start waiting requests, first come first served, while budget, rows and pages last.
+        """Start waiting requests in their turn while budget, rows and pages last.
 
         One starts only when all its known tokens have room, so that it is not preempted halfway
-        through its own prompt.
+        through its own prompt. One that may not be preempted starts only when everything that such
+        requests may ever hold fits the pool; until then others pass it, since they can be.
         """
-        while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
-            request = self._waiting[0]
+        at = 0
+        pinned_fit = True
+        while at < len(self._waiting) and budget and len(self._running) < self.config.max_num_seqs:
+            request = self._waiting[at]
+            pinned = self._must_pin(request)
+            if pinned:
+                pinned_fit = pinned_fit and self._quotas_fit(request)
+                if not pinned_fit:
+                    at += 1
+                    continue
             pages = self._known_pages(request)
             missing = self._missing_blocks(request) - len(pages)
             if missing > self.pool.num_free_without(pages):
                 break
-            self._waiting.popleft()
+            del self._waiting[at]
             self._running.append(request)
             request.status = RequestStatus.RUNNING
+            request.pinned = pinned
             self._share(request, pages)
             if request.scheduled is None:
                 request.scheduled = self._clock()
@@ -178,21 +194,23 @@ class Scheduler:
             budget -= self._take(request, budget, scheduled)
 
     def _make_room(self, request: Request, scheduled: dict[str, ScheduledRequest]) -> int:
-        """Give a running request its pages, preempting the youngest while they are short.
+        """Give a running request its pages; while they are short, preempt the youngest of the
+        lowest priority.
 
         Returns the tokens of this step that preemption took back. The request itself may be the one
-        that is preempted. The oldest never is: alone it fits.
+        that is preempted. Somebody always remains: alone each fits, and the pinned fit together.
         """
         refund = 0
         while self._missing_blocks(request) > self.pool.num_free:
-            victim = self._running.pop()
+            victim = min((each for each in self._running if not each.pinned), key=_worth)
+            self._running.remove(victim)
             self._preemptions += 1
             victim.num_preemptions += 1
             victim.num_computed_tokens = 0
             victim.status = RequestStatus.WAITING
             self._release_blocks(victim)
             self._released.append(victim.request_id)
-            self._waiting.appendleft(victim)
+            insort(self._waiting, victim, key=_turn)
             if (item := scheduled.pop(victim.request_id, None)) is not None:
                 refund += item.num_tokens
             if victim is request:
@@ -216,6 +234,35 @@ class Scheduler:
         for block_id in self.pool.allocate(self._missing_blocks(request)):
             request.bases.append(len(request.block_table) * self.pool.block_size)
             request.block_table.append(block_id)
+
+    def _expire(self) -> None:
+        """End every request whose time is up, whether it runs or waits."""
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            if request.status is not RequestStatus.FINISHED:
+                request.finish_reason = FinishReason.TIMEOUT
+                index = request.num_output_tokens
+                self._ended.append(
+                    EngineOutput(request.request_id, index, None, request.finish_reason)
+                )
+                self._forget(request)
+
+    def _must_pin(self, request: Request) -> bool:
+        """Whether it may not be preempted once it runs."""
+        return request.num_preemptions >= self.config.max_preemptions
+
+    def _quota(self, request: Request) -> int:
+        """Pages that a request may come to hold."""
+        return self.pool.blocks_for(request.num_prompt_tokens + request.max_tokens - 1)
+
+    def _quotas_fit(self, request: Request) -> bool:
+        """Whether the pool could hold all pinned requests and this one at their longest.
+
+        Then a pinned request always gets its pages, if need be from those that can be preempted.
+        """
+        pinned = sum(self._quota(each) for each in self._running if each.pinned)
+        return pinned + self._quota(request) <= self.pool.num_blocks
 
     def _known_pages(self, request: Request) -> list[CachedPage]:
         """Cached pages of a request's beginning; never all of it, since its last token is what the
@@ -249,10 +296,23 @@ class Scheduler:
         request.bases = []
 
     def _forget(self, request: Request) -> None:
+        """Take a request out, wherever it is."""
+        queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
+        queue.remove(request)
         request.status = RequestStatus.FINISHED
         self._release_blocks(request)
         self._released.append(request.request_id)
         del self._requests[request.request_id]
+
+
+def _turn(request: Request) -> tuple[float, int]:
+    """Sort key of the queue: who came first, with what its priority is worth."""
+    return request.turn
+
+
+def _worth(request: Request) -> tuple[int, int]:
+    """Sort key of victims: the youngest of the lowest priority is the least."""
+    return request.options.priority, -request.turn[1]
 
 
 def _num_uncomputed_beyond_one(request: Request) -> bool:
