@@ -143,6 +143,7 @@ class EngineCore:
                 max_tokens=message.max_tokens,
                 stop_token_ids=frozenset(message.stop_token_ids),
                 options=message.options,
+                window=message.window,
                 output_token_ids=message.output_token_ids,
                 choice=message.choice,
             )

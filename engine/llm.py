@@ -26,12 +26,7 @@ class Completion:
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    cached_tokens: int = 0
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens taken."""
-        return Usage(len(self.prompt_token_ids), len(self.token_ids), self.cached_tokens)
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
 
 class LLM:
@@ -99,9 +94,10 @@ class LLM:
             )
             for request in requests
         }
+        cached_tokens = dict.fromkeys(completions, 0)
         for output, delta, finish_reason in self._run(requests):
             completion = completions[output.request_id]
-            completion.cached_tokens += output.cached_tokens
+            cached_tokens[output.request_id] += output.cached_tokens
             completion.finish_reason = finish_reason
             if delta is None:
                 continue
@@ -109,6 +105,11 @@ class LLM:
             completion.text += delta.text
             if completion.logprobs is not None and delta.logprobs is not None:
                 completion.logprobs.append(delta.logprobs)
+        for request in requests:
+            completion = completions[request.request_id]
+            completion.usage = Usage.of(
+                request, len(completion.token_ids), cached_tokens[request.request_id]
+            )
         return list(completions.values())
 
     def stream(

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.request import FinishReason, Request, RequestOptions, SamplingParams
+from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Window
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Frontend to core: generate.
 
     The seed and max_tokens are settled at admission, so that a request that is added again (after a
-    crash, with the output_token_ids it had) goes on as if nothing had happened.
+    crash, with the output_token_ids it had) goes on as if nothing had happened. window: where it
+    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost.
     """
 
     request_id: str
@@ -23,6 +24,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_tokens: int
     stop_token_ids: list[int]
     options: RequestOptions = RequestOptions()
+    window: Window | None = None
+    truncated_tokens: int = 0
     output_token_ids: list[int] = []
     choice: int = 0
 
@@ -119,11 +122,13 @@ FromCore = StepOutput | EngineReady
 class ScheduledRequest:
     """Compute tokens start .. start + num_tokens - 1 of a request in this step.
 
+    position: where the first of them stands; behind start by the pages that were dropped.
     samples: the last of them is the last known token, so a new one follows.
     """
 
     request: Request
     start: int
+    position: int
     num_tokens: int
     samples: bool
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal, get_args
 
 import msgspec
 
@@ -10,6 +11,11 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+Overflow = Literal["error", "truncate", "shift"]
+SINK_BLOCKS = 1
+"""Pages at the beginning that a shift keeps: what they hold, every later token attends to (Xiao et
+al. 2023, arXiv 2309.17453: attention sinks)."""
+
 MAX_SALT = 256
 MAX_PRIORITY = 100
 MAX_TIMEOUT_S = 86_400.0
@@ -141,17 +147,27 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     priority    the greater, the sooner it starts, as if it had come some seconds earlier for each
                 point (SchedulerConfig.priority_seconds); and the later it is preempted
     timeout_s   seconds that it may wait and run; then it ends as it is. None: no limit
+    overflow    where prompt and max_tokens do not fit the context: `error` refuses, `truncate`
+                keeps the end of the prompt, `shift` goes on without end by dropping the oldest
+                pages but the first; the others keep what they knew of them, so that is an
+                approximation
     cache_salt  opaque; pages are shared among requests of the same salt only, so that nobody can
                 tell by time what others asked
     """
 
     priority: int = 0
     timeout_s: float | None = None
+    overflow: Overflow = "error"
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
         _check_integer(self, "priority", -MAX_PRIORITY, MAX_PRIORITY)
         _check_number(self, "timeout_s", 0.0, MAX_TIMEOUT_S, open_low=True)
+        if self.overflow not in get_args(Overflow):
+            raise InvalidRequest(
+                f"overflow must be one of {', '.join(get_args(Overflow))}; got {self.overflow!r}",
+                "overflow",
+            )
         if not isinstance(self.cache_salt, str):
             raise InvalidRequest(
                 f"cache_salt must be a text, got {self.cache_salt!r}", "cache_salt"
@@ -161,6 +177,26 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"cache_salt can have at most {MAX_SALT} characters, got {len(self.cache_salt)}",
                 "cache_salt",
             )
+
+
+class Window(msgspec.Struct, frozen=True):
+    """The pages that a request with overflow `shift` holds at most: the first, and the last.
+
+    The oldest page after the sinks is dropped exactly when the token that begins a new one is
+    computed. So what a token sees is a function of its stream index, counted from the first token
+    of the prompt, and of nothing else.
+    """
+
+    block_size: int
+    num_blocks: int
+
+    def num_dropped_blocks(self, index: int) -> int:
+        """Pages dropped before the token `index` is computed."""
+        return max(0, index // self.block_size - self.num_blocks + 1)
+
+    def chunk_end(self, start: int) -> int:
+        """The index up to which tokens from `start` on see the same pages."""
+        return (max(start // self.block_size, self.num_blocks - 1) + 1) * self.block_size
 
 
 class Request:
@@ -179,6 +215,7 @@ class Request:
         "max_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_dropped_blocks",
         "num_preemptions",
         "num_prompt_tokens",
         "num_remembered_blocks",
@@ -193,6 +230,7 @@ class Request:
         "stop_token_ids",
         "token_ids",
         "turn",
+        "window",
     )
 
     def __init__(
@@ -205,11 +243,13 @@ class Request:
         max_tokens: int,
         stop_token_ids: frozenset[int],
         options: RequestOptions = RequestOptions(),
+        window: Window | None = None,
         output_token_ids: list[int] | None = None,
         choice: int = 0,
         arrival: float = 0.0,
     ) -> None:
-        """output_token_ids: what an earlier engine had generated for this request already.
+        """window: where it may outgrow the context, and shifts then; num_dropped_blocks: by how
+        many pages it has. output_token_ids: what an earlier engine had generated for it already.
 
         arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
         began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
@@ -224,6 +264,7 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
         self.options = options
+        self.window = window
         self.seed = seed
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
@@ -234,6 +275,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_dropped_blocks = 0
         self.num_remembered_blocks = 0
         self.prefix: int | tuple[int, str] | None = self.origin
         self.num_preemptions = 0

@@ -24,6 +24,7 @@ from engine.request import (
     MAX_TIMEOUT_S,
     SEED_BITS,
     FinishReason,
+    Overflow,
     RequestOptions,
     SamplingParams,
 )
@@ -141,6 +142,12 @@ class GenerateRequest(RequestModel):
         "the finish reason `timeout`. null: no limit.",
         json_schema_extra=_bounds(0, MAX_TIMEOUT_S, open_low=True),
     )
+    overflow: Overflow = Field(
+        OPTIONS.overflow,
+        description="Where prompt and max_tokens do not fit the context: `error` refuses the "
+        "request; `truncate` keeps the end of the prompt; `shift` goes on without end by dropping "
+        "the oldest pages after the first, which is an approximation.",
+    )
 
     def to_params(self) -> SamplingParams:
         """Checked sampling parameters. Raises InvalidRequest."""
@@ -152,7 +159,9 @@ class GenerateRequest(RequestModel):
 
     def to_options(self) -> RequestOptions:
         """Checked options. Raises InvalidRequest."""
-        return RequestOptions(priority=self.priority, timeout_s=self.timeout_s)
+        return RequestOptions(
+            priority=self.priority, timeout_s=self.timeout_s, overflow=self.overflow
+        )
 
 
 class TopLogprob(BaseModel):
@@ -207,12 +216,17 @@ class TokenEvent(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """Tokens that a request took. `cached_tokens` of the prompt were not computed again."""
+    """Tokens that a request took.
+
+    `cached_tokens` of the prompt were not computed again; `dropped_tokens` were cut from it, and
+    are not counted in it, or were shifted out: see `overflow`.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     cached_tokens: int
+    dropped_tokens: int
 
 
 class TimingBody(BaseModel):
@@ -290,6 +304,7 @@ def _summary(stream: Stream) -> dict[str, Any]:
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
             "cached_tokens": usage.cached_tokens,
+            "dropped_tokens": usage.dropped_tokens,
         },
         "timing": {name: at if at is None else round(at, 6) for name, at in moments.items()},
     }

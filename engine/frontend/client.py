@@ -55,6 +55,7 @@ class Stream:
         self.request_id = request.request_id
         self.prompt_token_ids = request.prompt_token_ids
         self.seed = request.seed
+        self._request = request
         self.timing = Timing()
         self._cached_tokens = 0
         self._output = OutputProcessor(tokenizer, request.params, frozenset(request.stop_token_ids))
@@ -72,7 +73,7 @@ class Stream:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(len(self.prompt_token_ids), self._output.num_tokens, self._cached_tokens)
+        return Usage.of(self._request, self._output.num_tokens, self._cached_tokens)
 
     def close(self) -> None:
         """Abort, unless the request has ended."""

@@ -7,9 +7,8 @@ max_num_batched_tokens over all requests. Chunked prefill, preemption and recove
 
 from __future__ import annotations
 
-import heapq
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from itertools import count
 
@@ -21,7 +20,7 @@ from engine.messages import (
     ScheduledRequest,
     SchedulerOutput,
 )
-from engine.request import FinishReason, Request, RequestStatus
+from engine.request import SINK_BLOCKS, FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix_cache import CachedPage
 
@@ -43,7 +42,7 @@ class Scheduler:
         self._running: list[Request] = []  # oldest first
         self._requests: dict[str, Request] = {}
         self._released: list[str] = []
-        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._deadlines: list[tuple[float, str]] = []  # soonest first
         self._ended: list[EngineOutput] = []  # without a token, in this step
         self._numbers = count()
         self._steps = 0
@@ -80,12 +79,10 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id} is here already")
         request.arrival = self._clock()
-        number = next(self._numbers)
         advance = request.options.priority * self.config.priority_seconds
-        request.turn = (request.arrival - advance, number)
-        if request.options.timeout_s is not None:
-            deadline = request.arrival + request.options.timeout_s
-            heapq.heappush(self._deadlines, (deadline, number, request))
+        request.turn = (request.arrival - advance, next(self._numbers))
+        if (deadline := _deadline(request)) is not None:
+            insort(self._deadlines, deadline)
         self._requests[request.request_id] = request
         insort(self._waiting, request, key=_turn)
 
@@ -200,6 +197,7 @@ class Scheduler:
         Returns the tokens of this step that preemption took back. The request itself may be the one
         that is preempted. Somebody always remains: alone each fits, and the pinned fit together.
         """
+        self._shift(request)
         refund = 0
         while self._missing_blocks(request) > self.pool.num_free:
             victim = min((each for each in self._running if not each.pinned), key=_worth)
@@ -221,16 +219,31 @@ class Scheduler:
     def _take(self, request: Request, budget: int, scheduled: dict[str, ScheduledRequest]) -> int:
         """Schedule as many of the request's tokens as the budget allows; returns how many."""
         start = request.num_computed_tokens
-        count = min(request.num_tokens - start, budget)
+        count = min(_reach(request) - start, budget)
         samples = start + count == request.num_tokens
-        scheduled[request.request_id] = ScheduledRequest(request, start, count, samples)
+        position = start - request.num_dropped_blocks * self.pool.block_size
+        scheduled[request.request_id] = ScheduledRequest(request, start, position, count, samples)
         return count
 
+    def _shift(self, request: Request) -> None:
+        """Drop the oldest page after the sinks, if the next token begins one too many.
+
+        The pages after it move forward by one: a base is lower, and no key is touched.
+        """
+        if request.window is None:
+            return
+        dropped = request.window.num_dropped_blocks(request.num_computed_tokens)
+        if dropped > request.num_dropped_blocks:
+            request.num_dropped_blocks += 1
+            self.pool.release([request.block_table.pop(SINK_BLOCKS)])
+            request.bases.pop()
+
     def _missing_blocks(self, request: Request) -> int:
-        return self.pool.blocks_for(request.num_tokens) - len(request.block_table)
+        held = request.num_dropped_blocks + len(request.block_table)
+        return self.pool.blocks_for(_reach(request)) - held
 
     def _grow(self, request: Request) -> None:
-        """Extend the block table over all known tokens; each base is where its block begins."""
+        """Extend the block table over what can be computed; each base is where its block begins."""
         for block_id in self.pool.allocate(self._missing_blocks(request)):
             request.bases.append(len(request.block_table) * self.pool.block_size)
             request.block_table.append(block_id)
@@ -239,21 +252,21 @@ class Scheduler:
         """End every request whose time is up, whether it runs or waits."""
         now = self._clock()
         while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[2]
-            if request.status is not RequestStatus.FINISHED:
-                request.finish_reason = FinishReason.TIMEOUT
-                index = request.num_output_tokens
-                self._ended.append(
-                    EngineOutput(request.request_id, index, None, request.finish_reason)
-                )
-                self._forget(request)
+            request = self._requests[self._deadlines[0][1]]
+            request.finish_reason = FinishReason.TIMEOUT
+            index = request.num_output_tokens
+            self._ended.append(EngineOutput(request.request_id, index, None, request.finish_reason))
+            self._forget(request)
 
     def _must_pin(self, request: Request) -> bool:
-        """Whether it may not be preempted once it runs."""
-        return request.num_preemptions >= self.config.max_preemptions
+        """Whether it may not be preempted once it runs: what has shifted would have to be computed
+        from its first token on, and what was preempted often enough has its turn."""
+        return request.window is not None or request.num_preemptions >= self.config.max_preemptions
 
     def _quota(self, request: Request) -> int:
         """Pages that a request may come to hold."""
+        if request.window is not None:
+            return request.window.num_blocks
         return self.pool.blocks_for(request.num_prompt_tokens + request.max_tokens - 1)
 
     def _quotas_fit(self, request: Request) -> bool:
@@ -266,8 +279,8 @@ class Scheduler:
 
     def _known_pages(self, request: Request) -> list[CachedPage]:
         """Cached pages of a request's beginning; never all of it, since its last token is what the
-        next one is computed from."""
-        max_blocks = (request.num_tokens - 1) // self.pool.block_size
+        next one is computed from, and nothing behind which pages were dropped."""
+        max_blocks = (_reach(request) - 1) // self.pool.block_size
         return self.pool.match(request.origin, request.token_ids, max_blocks)
 
     def _share(self, request: Request, pages: list[CachedPage]) -> None:
@@ -279,9 +292,13 @@ class Scheduler:
         request.prefix = pages[-1].serial if pages else request.origin
 
     def _remember(self, request: Request) -> None:
-        """Offer the pages that a request has filled to others."""
+        """Offer the pages that a request has filled to others, until it drops one: what comes
+        then depends on what was dropped as well."""
         size = self.pool.block_size
-        while (request.num_remembered_blocks + 1) * size <= request.num_computed_tokens:
+        while (
+            request.num_dropped_blocks == 0
+            and (request.num_remembered_blocks + 1) * size <= request.num_computed_tokens
+        ):
             at = request.num_remembered_blocks
             request.num_remembered_blocks += 1
             if request.prefix is not None:
@@ -299,6 +316,8 @@ class Scheduler:
         """Take a request out, wherever it is."""
         queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
         queue.remove(request)
+        if (deadline := _deadline(request)) is not None:
+            del self._deadlines[bisect_left(self._deadlines, deadline)]
         request.status = RequestStatus.FINISHED
         self._release_blocks(request)
         self._released.append(request.request_id)
@@ -310,9 +329,22 @@ def _turn(request: Request) -> tuple[float, int]:
     return request.turn
 
 
+def _deadline(request: Request) -> tuple[float, str] | None:
+    """When its time is up, where it has a limit."""
+    timeout_s = request.options.timeout_s
+    return None if timeout_s is None else (request.arrival + timeout_s, request.request_id)
+
+
 def _worth(request: Request) -> tuple[int, int]:
     """Sort key of victims: the youngest of the lowest priority is the least."""
     return request.options.priority, -request.turn[1]
+
+
+def _reach(request: Request) -> int:
+    """The tokens that may be in the cache after this step: all, or up to where pages shift."""
+    if request.window is None:
+        return request.num_tokens
+    return min(request.num_tokens, request.window.chunk_end(request.num_computed_tokens))
 
 
 def _num_uncomputed_beyond_one(request: Request) -> bool:

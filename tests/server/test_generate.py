@@ -35,6 +35,7 @@ async def test_events_are_those_of_the_contract(served: Served) -> None:
         "completion_tokens": 2,
         "total_tokens": 4,
         "cached_tokens": 0,
+        "dropped_tokens": 0,
     }
     timing = done.data["timing"]
     assert timing["queue_s"] == 0.25
@@ -60,6 +61,7 @@ async def test_json_has_the_same_content(served: Served) -> None:
             "completion_tokens": 3,
             "total_tokens": 6,
             "cached_tokens": 0,
+            "dropped_tokens": 0,
         },
     }
     assert response.headers["x-request-id"] == request.request_id
@@ -106,13 +108,14 @@ async def test_every_sampling_field_arrives(served: Served) -> None:
         "logprobs": 0,
         "priority": -3,
         "timeout_s": 2.5,
+        "overflow": "truncate",
     }
     async with served.http.stream("POST", "/generate", json={"prompt": "a", "stop": "x", **fields}):
         request = await served.fake.expect(AddRequest)
     assert request.params.stop == ("x",)
     assert request.seed == 2**64 - 1
     for name, value in fields.items():
-        owner = request.options if name in ("priority", "timeout_s") else request.params
+        owner = request.options if name in ("priority", "timeout_s", "overflow") else request.params
         assert getattr(owner, name) == (tuple(value) if name == "stop_token_ids" else value)
 
 

@@ -43,5 +43,5 @@ def test_documented_bounds_are_the_enforced_ones(name: str) -> None:
 
 
 def test_numeric_fields_document_their_bounds() -> None:
-    free = {"stop", "stop_token_ids", "ignore_eos"}
+    free = {"stop", "stop_token_ids", "ignore_eos", "overflow"}
     assert {name for name in FIELDS if "maximum" not in SCHEMA[name]} == free
