@@ -14,7 +14,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     The seed and max_tokens are settled at admission, so that a request that is added again (after a
     crash, with the output_token_ids it had) goes on as if nothing had happened. window: where it
-    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost.
+    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost. elapsed_s: how
+    long ago it came, where it is added again; suspect: the engine died while it was computed.
     """
 
     request_id: str
@@ -28,6 +29,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     truncated_tokens: int = 0
     output_token_ids: list[int] = []
     choice: int = 0
+    elapsed_s: float = 0.0
+    suspect: bool = False
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -96,7 +99,11 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Core to frontend: the model is loaded and can serve; the sizes that were settled."""
+    """Core to frontend: the model is loaded and can serve; the sizes that were settled.
+
+    suspects: requests that the engine process before this one computed when it died; poisoned: one
+    that was a suspect already, and was computed alone.
+    """
 
     model: str
     num_parameters: int
@@ -112,6 +119,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_num_batched_tokens: int
     threads: int
     notes: list[str] = []
+    suspects: list[str] = []
+    poisoned: list[str] = []
 
 
 ToCore = AddRequest | AbortRequest | Hello
@@ -135,11 +144,15 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step's work. released: requests whose rows the runner may forget."""
+    """One step's work.
+
+    released: requests whose rows the runner may forget; alone: the step tries a suspect.
+    """
 
     scheduled: list[ScheduledRequest]
     released: list[str]
     num_tokens: int
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

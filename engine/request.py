@@ -228,6 +228,7 @@ class Request:
         "seed",
         "status",
         "stop_token_ids",
+        "suspect",
         "token_ids",
         "turn",
         "window",
@@ -247,6 +248,7 @@ class Request:
         output_token_ids: list[int] | None = None,
         choice: int = 0,
         arrival: float = 0.0,
+        suspect: bool = False,
     ) -> None:
         """window: where it may outgrow the context, and shifts then; num_dropped_blocks: by how
         many pages it has. output_token_ids: what an earlier engine had generated for it already.
@@ -257,7 +259,8 @@ class Request:
         None where they cannot be.
 
         turn: where it stands in the queue, least first; its second part numbers the arrivals.
-        pinned: it runs and may not be preempted.
+        pinned: it runs and may not be preempted. suspect: an engine died while it computed this
+        one, among others perhaps; so it runs alone until its next token.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
@@ -281,6 +284,7 @@ class Request:
         self.num_preemptions = 0
         self.turn = (arrival, 0)
         self.pinned = False
+        self.suspect = suspect
         self.block_table: list[int] = []
         self.bases: list[int] = []
 

@@ -55,6 +55,10 @@ class EngineCollector(Collector):
                 "Prompt tokens found in the prefix cache.",
                 stats.prefix_hits,
             ),
+            "engine_deaths": (
+                "Deaths of the engine process that this process has seen.",
+                self._engine.deaths,
+            ),
             "engine_steps": ("Steps of the engine.", stats.steps),
         }
         for name, (help_text, value) in gauges.items():

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 
 from fastapi import Depends, Request
 
-from engine.errors import Draining, EngineError, EngineStarting, RopewayError
+from engine.errors import Draining, EngineError, RopewayError
 from engine.frontend.client import AsyncEngine, Stream
 from engine.frontend.output import TokenDelta
 from engine.request import RequestOptions, SamplingParams
@@ -82,12 +82,10 @@ class Service:
 
     def check_ready(self) -> None:
         """Raises the EngineError that keeps this process from serving, if there is one."""
-        if self.engine.error is not None:
-            raise self.engine.error
-        if self._draining:
+        if self._draining and self.engine.alive:
             raise Draining("the server is shutting down and takes no new requests")
-        if self.engine.ready is None:
-            raise EngineStarting("the model is still being loaded; try again soon")
+        if (reason := self.engine.unready) is not None:
+            raise reason
 
     def generate(
         self,

@@ -11,10 +11,12 @@ class ServerSettings:
 
     max_queue: requests that may wait beyond those that run; max_body_bytes: of a request's body;
     keep_alive_seconds: silence after which a waiting stream gets a comment, so that no proxy takes
-    it for dead; drain_seconds: how long running streams may go on once the server is told to stop.
+    it for dead; drain_seconds: how long running streams may go on once the server is told to stop;
+    max_restarts: how often in a row the engine process is started again when it dies.
     """
 
     max_queue: int = 1024
     max_body_bytes: int = 1 << 20
     keep_alive_seconds: float = 15.0
     drain_seconds: float = 30.0
+    max_restarts: int = 5

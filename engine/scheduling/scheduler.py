@@ -41,6 +41,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # whose turn is next first
         self._running: list[Request] = []  # oldest first
         self._requests: dict[str, Request] = {}
+        self._suspects: list[Request] = []  # each is to run alone
         self._released: list[str] = []
         self._deadlines: list[tuple[float, str]] = []  # soonest first
         self._ended: list[EngineOutput] = []  # without a token, in this step
@@ -74,17 +75,22 @@ class Scheduler:
             prefix_hits=self._prefix_hits,
         )
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Admission has made sure that it fits the cache when alone."""
+    def add(self, request: Request, elapsed_s: float = 0.0) -> None:
+        """Queue a request. Admission has made sure that it fits the cache when alone.
+
+        elapsed_s: how long ago it came.
+        """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id} is here already")
-        request.arrival = self._clock()
+        request.arrival = self._clock() - elapsed_s
         advance = request.options.priority * self.config.priority_seconds
         request.turn = (request.arrival - advance, next(self._numbers))
         if (deadline := _deadline(request)) is not None:
             insort(self._deadlines, deadline)
         self._requests[request.request_id] = request
         insort(self._waiting, request, key=_turn)
+        if request.suspect:
+            self._suspects.append(request)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its pages; one that has ended already is no error."""
@@ -96,12 +102,21 @@ class Scheduler:
         """Choose the next step's tokens and give them pages.
 
         Streams that wait for their next token come before prompts, so that a long prompt takes what
-        they leave of the budget.
+        they leave of the budget. While there are suspects, each runs alone until its next token.
         """
         self._steps += 1
         self._expire()
-        budget = self.config.max_num_batched_tokens
         scheduled: dict[str, ScheduledRequest] = {}
+        alone = bool(self._suspects) and self._try_alone(self._suspects[0], scheduled)
+        if not alone:
+            self._choose(scheduled)
+        released, self._released = self._released, []
+        chosen = list(scheduled.values())
+        return SchedulerOutput(chosen, released, sum(item.num_tokens for item in chosen), alone)
+
+    def _choose(self, scheduled: dict[str, ScheduledRequest]) -> None:
+        """An ordinary step: what runs, and then what may start."""
+        budget = self.config.max_num_batched_tokens
         num_running = len(self._running)
         for request in sorted(self._running, key=_num_uncomputed_beyond_one):
             if budget == 0:
@@ -111,11 +126,19 @@ class Scheduler:
             budget += self._make_room(request, scheduled)
             if request.status is RequestStatus.RUNNING:
                 budget -= self._take(request, budget, scheduled)
-        if len(self._running) == num_running:  # nothing was preempted: there may be room for more
-            self._admit(budget, scheduled)
-        released, self._released = self._released, []
-        chosen = list(scheduled.values())
-        return SchedulerOutput(chosen, released, sum(item.num_tokens for item in chosen))
+        if len(self._running) == num_running and not self._suspects:
+            self._admit(budget, scheduled)  # nothing was preempted: there may be room for more
+
+    def _try_alone(self, suspect: Request, scheduled: dict[str, ScheduledRequest]) -> bool:
+        """Compute nothing but a suspect. False: there is no room for it yet."""
+        if suspect.status is RequestStatus.WAITING:
+            if len(self._running) == self.config.max_num_seqs or not self._start(suspect):
+                return False
+        else:
+            self._make_room(suspect, scheduled)
+        if suspect.status is RequestStatus.RUNNING:
+            self._take(suspect, self.config.max_num_batched_tokens, scheduled)
+        return True
 
     def update(self, step: SchedulerOutput, sampled: Sequence[SampledToken]) -> list[EngineOutput]:
         """Take in what a step computed: `sampled` in the order of the scheduled that sample."""
@@ -128,6 +151,7 @@ class Scheduler:
             if not item.samples:
                 continue
             token = next(tokens)
+            self._acquit(request)
             index = request.num_output_tokens
             request.token_ids.append(token.token_id)
             self._output_tokens += 1
@@ -165,30 +189,36 @@ class Scheduler:
         pinned_fit = True
         while at < len(self._waiting) and budget and len(self._running) < self.config.max_num_seqs:
             request = self._waiting[at]
-            pinned = self._must_pin(request)
-            if pinned:
+            if self._must_pin(request):
                 pinned_fit = pinned_fit and self._quotas_fit(request)
                 if not pinned_fit:
                     at += 1
                     continue
-            pages = self._known_pages(request)
-            missing = self._missing_blocks(request) - len(pages)
-            if missing > self.pool.num_free_without(pages):
+            if not self._start(request):
                 break
-            del self._waiting[at]
-            self._running.append(request)
-            request.status = RequestStatus.RUNNING
-            request.pinned = pinned
-            self._share(request, pages)
-            if request.scheduled is None:
-                request.scheduled = self._clock()
-                request.num_cached_tokens = min(
-                    request.num_computed_tokens, request.num_prompt_tokens
-                )
-                self._prefix_queries += request.num_prompt_tokens
-                self._prefix_hits += request.num_cached_tokens
-            self._grow(request)
             budget -= self._take(request, budget, scheduled)
+
+    def _start(self, request: Request) -> bool:
+        """Let a waiting request run, with the pages of all that is known of it, if there are so
+        many."""
+        pages = self._known_pages(request)
+        missing = self._missing_blocks(request) - len(pages)
+        if missing > self.pool.num_free_without(pages):
+            return False
+        request.pinned = self._must_pin(request)
+        if request.pinned and not self._quotas_fit(request):
+            return False
+        self._waiting.remove(request)
+        self._running.append(request)
+        request.status = RequestStatus.RUNNING
+        self._share(request, pages)
+        if request.scheduled is None:
+            request.scheduled = self._clock()
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self._prefix_queries += request.num_prompt_tokens
+            self._prefix_hits += request.num_cached_tokens
+        self._grow(request)
+        return True
 
     def _make_room(self, request: Request, scheduled: dict[str, ScheduledRequest]) -> int:
         """Give a running request its pages; while they are short, preempt the youngest of the
@@ -307,6 +337,12 @@ class Scheduler:
                     request.prefix, token_ids, request.block_table[at]
                 )
 
+    def _acquit(self, request: Request) -> None:
+        """It has come further than where an engine died, or it is gone."""
+        if request.suspect:
+            request.suspect = False
+            self._suspects.remove(request)
+
     def _release_blocks(self, request: Request) -> None:
         self.pool.release(reversed(request.block_table))
         request.block_table = []
@@ -316,6 +352,7 @@ class Scheduler:
         """Take a request out, wherever it is."""
         queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
         queue.remove(request)
+        self._acquit(request)
         if (deadline := _deadline(request)) is not None:
             del self._deadlines[bisect_left(self._deadlines, deadline)]
         request.status = RequestStatus.FINISHED
