@@ -278,14 +278,23 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """The step: max_num_seqs requests run at once, max_num_batched_tokens tokens are computed."""
+    """The step: max_num_seqs requests run at once, max_num_batched_tokens tokens are computed.
+
+    priority_seconds: a request starts as if it had come so much earlier for each point of its
+    priority. So it goes before others, but only for a time, and nothing waits for ever.
+    max_preemptions: a request that was put back so often runs to its end the next time.
+    """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    priority_seconds: float = 10.0
+    max_preemptions: int = 3
 
     def __post_init__(self) -> None:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
+        _greater_than("priority_seconds", self.priority_seconds, 0)
+        _at_least("max_preemptions", self.max_preemptions, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

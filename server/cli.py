@@ -17,7 +17,7 @@ from rich.console import Console
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, RequestError, RopewayError
-from engine.frontend.process import EngineProcess
+from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
@@ -202,6 +202,9 @@ def serve(
     drain_timeout: Annotated[
         float, option(min=0, help="Seconds that running streams get once told to stop.")
     ] = SERVER.drain_seconds,
+    max_restarts: Annotated[
+        int, option(min=0, help="Restarts in a row of an engine process that died.")
+    ] = SERVER.max_restarts,
 ) -> None:
     """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest."""
     began = time.monotonic()
@@ -221,7 +224,10 @@ def serve(
             unused_token_ids=tuple(tokenizer.unused_ids),
         )
     settings = ServerSettings(
-        max_queue=max_queue, num_workers=api_workers, drain_seconds=drain_timeout
+        max_queue=max_queue,
+        num_workers=api_workers,
+        drain_seconds=drain_timeout,
+        max_restarts=max_restarts,
     )
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
@@ -248,7 +254,13 @@ def serve(
             peers.append(PeerProcess(peer))
             other.close()
         worker = HttpWorker(
-            tokenizer, process.address, listener, settings, exited=process.exit_status, peers=peers
+            tokenizer,
+            process.address,
+            listener,
+            settings,
+            exited=process.exit_status,
+            supervise=Supervisor(process, max_restarts).poll,
+            peers=peers,
         )
         lived = worker.run(announce)
         # A process that crashed closes its connections a moment before it has a status.
