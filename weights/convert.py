@@ -156,7 +156,9 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> tupl
         if held and size + tensor.nbytes > SHARD_BYTES:
             write()
             size = 0
-        held[name] = tensor
+        # One norm may feed both halves of a layer: safetensors stores no memory twice.
+        there = {other.untyped_storage().data_ptr() for other in held.values()}
+        held[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in there else tensor
         count, total, size = count + 1, total + tensor.nbytes, size + tensor.nbytes
     write()
     if len(shards) == 1:

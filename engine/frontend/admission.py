@@ -63,7 +63,7 @@ class Admission:
             try:
                 prompt = self.tokenizer.encode(prompt)
             except UnicodeEncodeError as error:
-                raise InvalidRequest(f"prompt is not valid Unicode: {error}", "prompt") from error
+                raise InvalidRequest(f"prompt cannot be tokenised: {error}", "prompt") from error
         else:
             for at, token_id in enumerate(prompt):
                 if token_id not in self.tokenizer:

@@ -39,12 +39,19 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    if missing_ok and not path.is_file():
+        return {}
     try:
-        config = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("pattern"), str):
+    return content if isinstance(content, dict) else {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    if not isinstance(config.get("pattern"), str):
         raise TokenizerError(f"{path}: needs a text `pattern`, the regular expression of the split")
     return config
 
@@ -81,7 +88,7 @@ class Tokenizer:
         """The tokenizer of a model directory. Raises TokenizerError, naming the file."""
         path = directory / RANKS_FILE
         if not path.is_file():
-            if (directory / CONFIG_FILE).is_file():
+            if "characters" in _read_json(directory / CONFIG_FILE, missing_ok=True):
                 return CharacterTokenizer.from_directory(directory)
             raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
         config = _read_config(directory / CONFIG_FILE)
@@ -137,14 +144,9 @@ class CharacterTokenizer(Tokenizer):
     def from_directory(cls, directory: Path) -> Tokenizer:
         """From `characters` in tokenizer_config.json. Raises TokenizerError, naming the file."""
         path = directory / CONFIG_FILE
-        try:
-            characters = json.loads(path.read_text("utf-8"))["characters"]
-            if not all(isinstance(each, str) for each in characters):
-                raise TypeError("not all of `characters` are texts")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TokenizerError(
-                f"{path}: without a {RANKS_FILE} it must list `characters`: {error!r}"
-            ) from error
+        characters = _read_json(path).get("characters")
+        if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
+            raise TokenizerError(f"{path}: `characters` must be a list of texts")
         return cls(characters)
 
     def encode(self, text: str) -> list[int]:

@@ -51,7 +51,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeRespon
     try:
         token_ids = await asyncio.to_thread(service.engine.tokenizer.encode, body.text)
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"text is not valid Unicode: {error}", "text") from error
+        raise InvalidRequest(f"text cannot be tokenised: {error}", "text") from error
     return TokenizeResponse(token_ids=token_ids)
 
 

@@ -58,7 +58,7 @@ def test_prompt_as_long_as_the_context_gives_one_token(tiny_model_dir: Path) -> 
     [
         ("", None, 100, InvalidRequest, "at least one token, got none"),
         ([], None, 100, InvalidRequest, "at least one token, got none"),
-        ("a\ud800", None, 100, InvalidRequest, "not valid Unicode"),
+        ("a\ud800", None, 100, InvalidRequest, "cannot be tokenised"),
         ([1, EOS + 1], None, 100, InvalidRequest, r"prompt\[1\] is 268; .* ids 0 to 267"),
         ([-1], None, 100, InvalidRequest, r"prompt\[0\] is -1"),
         ([1] * 193, None, 100, ContextOverflow, "193 tokens; the context is 192"),
