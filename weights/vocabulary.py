@@ -179,7 +179,8 @@ def _from_json(path: Path) -> tuple[Vocabulary, Any]:
         if not token.get("special"):
             raise TokenizerError(
                 f"{path}: {token.get('content')!r} was added without being special: it is cut out "
-                "of texts before the split, which is not supported"
+                "of texts before the split, which is not supported (if no text of yours holds it, "
+                "take the file away, and merges.txt and vocab.json are used)"
             )
     vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
