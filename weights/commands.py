@@ -57,11 +57,14 @@ def convert(
 
 
 def inspect(source: Path, text: Path | None, declared: Sequence[str]) -> bool:
-    """Show what a checkpoint says and what a text tells; whether nothing stays open."""
+    """Show what a checkpoint says and what a text tells; whether nothing stays open.
+
+    Where nothing is open, a text that is given is scored all the same.
+    """
     console = Console()
     description = describe(open_source(source), parse_declarations(declared))
     show_description(description, console)
-    if not description.opened:
+    if not description.opened and text is None:
         return True
     with tempfile.TemporaryDirectory() as folder:
         said = convert_tokenizer(description.source.directory, Path(folder))

@@ -64,12 +64,15 @@ def convert(
     the sample that ships. console: where progress is shown. Raises CheckpointError and
     TokenizerError.
     """
+    directory = directory.resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists; name a new directory")
     description = describe(open_source(path), declared)
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{partial}: cannot be made: {error.strerror}") from error
     try:
         said = convert_tokenizer(description.source.directory, partial)
         tokenizer = Tokenizer.from_directory(partial) if said else None
@@ -92,6 +95,8 @@ def convert(
         if directory.exists():
             directory.rmdir()
         partial.rename(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     why = description.why | dict.fromkeys(chosen, "scored on text")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from itertools import product
@@ -123,7 +124,7 @@ def judge(
     console: Console | None = None,
 ) -> Verdict:
     """Score the candidates on a text, else on the sample. Raises CheckpointError."""
-    ids = tokenizer.encode(sample_text() if text is None else text)[: MAX_TOKENS + 1]
+    ids = _encode(tokenizer, text)[: MAX_TOKENS + 1]
     if len(ids) < 256:
         raise CheckpointError(f"the text has {len(ids)} tokens; at least 256 are needed to tell")
     if max(ids) >= description.known["padded_vocab_size"]:
@@ -145,6 +146,20 @@ def judge(
                 dropped = [s for s in scored[stay:] if s not in kept[stay:]] + dropped
                 running = [each.values for each in kept]
     return _verdict(scored, dropped, description.known["vocab_size"])
+
+
+def _encode(tokenizer: Tokenizer, text: str | None) -> list[int]:
+    """Token ids; an alphabet that lacks some characters of the sample does without them."""
+    try:
+        return tokenizer.encode(sample_text() if text is None else text)
+    except UnicodeEncodeError as error:
+        if text is not None:
+            raise CheckpointError(f"the text cannot be tokenised: {error}") from error
+    ids: list[int] = []
+    for character in sample_text():
+        with suppress(UnicodeEncodeError):
+            ids += tokenizer.encode(character)
+    return ids
 
 
 def _rest(values: Mapping[str, Any]) -> dict[str, Any]:

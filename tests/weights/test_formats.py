@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rotary_embedding_torch import RotaryEmbedding
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +32,7 @@ from tests.weights.checkpoints import (
 from weights.convert import convert
 from weights.formats.description import describe
 from weights.formats.known import HF_GPT2, LITGPT, LITGPT_OLD, LITGPT_SHARED, MODDED, NANOGPT
-from weights.source import open_source
+from weights.source import Source, open_source
 
 DECLARED = {"pairing": "half", "rope_sign": 1, "rope_base": 10_000, "rotary_dim": 16}
 FORK = DECLARED | {"qkv_layout": "stacked"}
@@ -85,9 +89,9 @@ def test_frequencies_of_rotary_embedding_torch(tmp_path: Path) -> None:
         describe(open_source(path))
 
 
-def write_hugging_face(directory: Path, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def write_hugging_face(directory: Path, state: dict[str, Tensor], said: dict[str, Any]) -> None:
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(settings))
+    (directory / "config.json").write_text(json.dumps(said))
     save_file(state, directory / "model.safetensors")
     write_tokenizer(directory)
 
@@ -96,7 +100,7 @@ def write_hugging_face(directory: Path, state: dict[str, Tensor], settings: dict
 def test_hugging_face_gpt2(tmp_path: Path, kind: str) -> None:
     config, tensors = make(tmp_path / "model", activation="gelu_tanh")
     state = rename(tensors, HF_GPT2, config)
-    settings = {
+    said = {
         "model_type": "gpt2",
         "n_head": config.num_heads,
         "n_positions": config.max_position,
@@ -107,7 +111,7 @@ def test_hugging_face_gpt2(tmp_path: Path, kind: str) -> None:
     if kind == "no prefix":
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     source = tmp_path / "source"
-    write_hugging_face(source, state, settings)
+    write_hugging_face(source, state, said)
     if kind == "bin":
         (source / "model.safetensors").unlink()
         torch.save(state, source / "pytorch_model.bin")
@@ -140,7 +144,7 @@ def test_litgpt(tmp_path: Path, table: Any) -> None:
     source = tmp_path / "source"
     source.mkdir()
     torch.save(rename(tensors, table, config), source / "lit_model.pth")
-    settings = {
+    said = {
         "name": "tiny",
         "block_size": config.max_position,
         "n_head": config.num_heads,
@@ -151,12 +155,12 @@ def test_litgpt(tmp_path: Path, table: Any) -> None:
         "lm_head_bias": True,
         "n_query_groups": config.num_heads,
     }
-    (source / "model_config.yaml").write_text(yaml.safe_dump(settings))
+    (source / "model_config.yaml").write_text(yaml.safe_dump(said))
     write_tokenizer(source)
     convert(source, tmp_path / "out")
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
-    settings["mlp_class_name"] = "LLaMAMLP"
-    (source / "model_config.yaml").write_text(yaml.safe_dump(settings))
+    said["mlp_class_name"] = "LLaMAMLP"
+    (source / "model_config.yaml").write_text(yaml.safe_dump(said))
     with pytest.raises(CheckpointError, match=r"mlp_class_name is 'LLaMAMLP' in model_config.yaml"):
         describe(open_source(source))
 
@@ -295,3 +299,49 @@ def test_without_tokenizer_nothing_is_guessed(tmp_path: Path) -> None:
         convert(tmp_path / "source", tmp_path / "out")
     convert(tmp_path / "source", tmp_path / "out", declared=FORK)
     load_model(tmp_path / "out", torch.float32)
+
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=3), st.just([]),
+    st.just({"rope_theta": "x"}),
+)  # fmt: skip
+KEYS = ("n_head", "block_size", "vocab_size", "bias", "activation", "norm_eps", "eos_token_id")
+KEYS += ("rope_base", "rope_theta", "rotary_dim", "rotary_pct", "pairing", "rope_sign", "norm")
+KEYS += ("rope_parameters", "n_kv_head", "rope_scaling")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("small")
+    config, tensors = make(folder / "model")
+    state = rename(tensors, NANOGPT, config)
+    torch.save({"model": state, "model_args": nanogpt_args(config)}, folder / "ckpt.pt")
+    return open_source(folder / "ckpt.pt")
+
+
+@given(changes=st.dictionaries(st.sampled_from(KEYS), scalars))
+@settings(max_examples=200, deadline=None)
+def test_any_settings_are_described_or_refused(small: Source, changes: dict[str, Any]) -> None:
+    with suppress(CheckpointError):
+        describe(replace(small, settings=small.settings | changes))
+
+
+def test_shards_are_written_where_a_model_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "model")
+    monkeypatch.setattr("weights.convert.SHARD_BYTES", 100_000)
+    convert(tmp_path / "model", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
+    convert(tmp_path / "out", tmp_path / "again")
+    assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "model"))
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    make(tmp_path / "model")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"out\.partial: cannot be made: File exists"):
+        convert(tmp_path / "model", tmp_path / "out")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "precious"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
 from typing import Any, get_args
 
 import torch
@@ -256,8 +257,6 @@ def _from_tensors(description: Description) -> None:
         known.pop("tie_embeddings", None)
         description.note("tie_embeddings", same, "the head's values")
     eos = known.get("eos_token_id")
-    if isinstance(eos, list):
-        known["eos_token_id"] = eos = eos[0] if eos else None
     description.note("vocab_size", known["padded_vocab_size"], "shapes")
     known["vocab_size"] = min(known["vocab_size"], known["padded_vocab_size"])
     if eos is None or not 0 <= eos < known["vocab_size"]:
@@ -282,7 +281,8 @@ def _from_frequencies(description: Description) -> None:
 def _check_types(description: Description) -> None:
     """What is computed with before ModelConfig checks everything."""
     known, path = description.known, description.source.path
-    for name in ("num_heads", "max_position", "vocab_size"):
+    sizes = ("hidden_size", "padded_vocab_size", "num_layers", "intermediate_size")
+    for name in ("num_heads", "max_position", "vocab_size", *sizes):
         value = known.get(name, known["padded_vocab_size"] if name == "vocab_size" else None)
         if value is None:
             raise CheckpointError(f"{path}: nothing says {name}; declare it")
@@ -290,8 +290,13 @@ def _check_types(description: Description) -> None:
             raise CheckpointError(f"{path}: {name} must be a positive integer, got {value!r}")
     for name in ("rope_base", "rotary_fraction"):
         value = known.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise CheckpointError(f"{path}: {name} must be a number, got {value!r}")
+    eos = known.get("eos_token_id")
+    if isinstance(eos, list):
+        known["eos_token_id"] = eos = eos[0] if eos else None
+    if isinstance(eos, bool) or not isinstance(eos, int | None):
+        raise CheckpointError(f"{path}: eos_token_id must be an integer, got {eos!r}")
     if known["hidden_size"] % known["num_heads"]:
         raise CheckpointError(
             f"{path}: a width of {known['hidden_size']} does not divide into "
