@@ -153,6 +153,15 @@ def test_a_tiny_model_of_base_1000(base_1000: Path) -> None:
     }
 
 
+def test_an_alphabet_does_without_what_it_lacks(base_1000: Path) -> None:
+    description = describe(open_source(base_1000), dict.fromkeys(ROPE[:1], "half"))
+    tokenizer = Tokenizer.from_directory(base_1000)  # punctuation: there is enough in the sample
+    verdict = judge(description, tokenizer)
+    assert len(verdict.scored[0].losses) > 256
+    with pytest.raises(CheckpointError, match=r"the text cannot be tokenised: .* lacks it"):
+        judge(description, tokenizer, "letters" * 100)
+
+
 def test_a_model_that_has_learned_nothing(tmp_path: Path) -> None:
     config, tensors = make(tmp_path / "model")
     (tmp_path / "source").mkdir()
@@ -183,6 +192,12 @@ def test_commands(tmp_path: Path) -> None:
     write_model(tmp_path / "model", tiny_config())
     run = CliRunner().invoke(app, ["inspect", str(tmp_path / "model")])
     assert (run.exit_code, "open: nothing" in run.output) == (0, True)
+    (tmp_path / "text").write_text(sample_text())
+    run = CliRunner().invoke(
+        app, ["inspect", str(tmp_path / "model"), "--text", str(tmp_path / "text")]
+    )
+    assert run.exit_code == UNDECIDED  # random weights: a text says that they know nothing
+    assert "perplexity" in run.output
     arguments = ["convert", str(tmp_path / "model"), str(tmp_path / "neox"), "--to", "gpt-neox"]
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output

@@ -24,6 +24,7 @@ from tokenizers import (
 from engine.errors import TokenizerError
 from engine.frontend.tokenizer import Tokenizer as Ours
 from tests.models import write_tokenizer
+from weights.bpe import train_tokenizer
 from weights.inspect import sample_text
 from weights.vocabulary import convert_tokenizer, read_characters
 
@@ -64,6 +65,17 @@ def test_special_tokens(pair: tuple[Tokenizer, Ours]) -> None:
     theirs, ours = pair
     assert ours.special_tokens == {"<|endoftext|>": theirs.token_to_id("<|endoftext|>")}
     assert len(ours) == theirs.get_vocab_size()
+
+
+def test_a_split_of_its_own(tmp_path: Path) -> None:
+    theirs = train_tokenizer(sample_text().splitlines(keepends=True), 500)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    out = tmp_path / "out"
+    out.mkdir()
+    convert_tokenizer(tmp_path, out)
+    ours = Ours.from_directory(out)
+    for text in (sample_text(), "In 1234567 years\n\n  it's  \tthere\r\n "):
+        assert ours.encode(text) == theirs.encode(text).ids
 
 
 def test_gpt2s_two_files(tmp_path: Path, pair: tuple[Tokenizer, Ours]) -> None:
