@@ -212,3 +212,28 @@ async def test_a_broken_message_is_no_death_to_recover_from(tmp_path: Path) -> N
     finally:
         await engine.close()
         await fake.close()
+
+
+async def test_every_http_worker_recovers_until_restarts_are_used_up(tiny_model_dir: Path) -> None:
+    body = {"prompt": "the a", "max_tokens": 180, "ignore_eos": True, "temperature": 0}
+    options = ["--api-workers", "2", "--max-restarts", "1", "--block-size", "16"]
+    with serve(tiny_model_dir, *options) as server:
+        async with server.client() as client:
+
+            async def streams(count: int) -> list[list[Event]]:
+                """Streams at once, with a kill once all have begun; what each had."""
+                seen: list[list[int]] = [[] for _ in range(count)]
+                following = [asyncio.create_task(follow(client, body, each)) for each in seen]
+                async with asyncio.timeout(20):
+                    while not all(sum(each) for each in seen):
+                        await asyncio.sleep(0.002)
+                engine_of(server).kill()
+                return await asyncio.gather(*following)
+
+            for *tokens, done in await streams(12):
+                assert (done.event, len(tokens)) == ("done", 180)
+                assert len({event.data["index"] for event in tokens}) == 180
+            for *tokens, error in await streams(12):
+                assert (error.event, error.data["code"]) == ("error", "engine_dead")
+                assert len(tokens) < 180
+        assert server.end() == (1, "error: the engine process ended with status -9\n")
