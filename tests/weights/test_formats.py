@@ -63,6 +63,15 @@ def test_nanogpt(tmp_path: Path, bias: bool) -> None:
     assert read_config(tmp_path / "out").eos_token_id == config.eos_token_id  # the tokenizer's
 
 
+def test_norms_without_weights_may_be_either(tmp_path: Path) -> None:
+    config, tensors = make(tmp_path / "model", bias=False, norm_weight=False, norm="rmsnorm")
+    content = {"model": rename(tensors, NANOGPT, config), "model_args": nanogpt_args(config)}
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert "norm" in describe(open_source(tmp_path / "ckpt.pt")).opened
+    convert(tmp_path / "ckpt.pt", tmp_path / "out", declared=FORK | {"norm": "rmsnorm"})
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
+
+
 def test_frequencies_of_rotary_embedding_torch(tmp_path: Path) -> None:
     config, tensors = make(tmp_path / "model", rope_base=5000.0)
     state = rename(interleave(tensors, config), NANOGPT, config)
@@ -210,6 +219,10 @@ def test_modded_nanogpt(tmp_path: Path) -> None:
     expected = modded(state, TOKENS, heads=2)
     assert (logits(tmp_path / "out") - expected).abs().max() <= 1e-4 * expected.abs().max()
 
+    for code in ("x + self.attn_scale * y", "30 * torch.tanh(logits / 30)"):
+        torch.save(content | {"code": code}, source)
+        with pytest.raises(CheckpointError, match="in the code in it: its trainer"):
+            describe(open_source(source))
     content["model"] = state | {"lm_head.weight": state["lm_head.weight"] + 1}
     torch.save(content, source)
     with pytest.raises(CheckpointError, match=r"lm_head.weight is not the embedding.*nanochat"):

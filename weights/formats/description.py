@@ -13,7 +13,7 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.gpt2 import GPT2
-from weights.formats.known import FORMATS, UNSUPPORTED
+from weights.formats.known import FORMATS, UNSUPPORTED, UNSUPPORTED_CODE
 from weights.formats.rotation import from_frequencies
 from weights.formats.table import MODULES, ROPE_FIELDS, Format, Layout, Setting
 from weights.source import DTYPES, Source, StoredTensor
@@ -69,7 +69,7 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     declared: what the user says; it counts before all else. Raises CheckpointError, naming the
     tensor or setting, for what is not supported, missing or too much.
     """
-    _refuse(source, UNSUPPORTED)
+    _refuse(source)
     chosen, tensors = _recognise(source)
     description = _sort(source, chosen, tensors)
     for name, value in (declared or {}).items():
@@ -93,8 +93,6 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     _settle_rotation(description)
     if chosen.layout is not None or "norm.bias" in description.parts:
         description.note("norm", "layernorm", "the architecture")
-    if not description.known["norm_weight"]:
-        description.note("norm", "layernorm", "the architecture")
     if chosen.layout is not None:
         description.note(LAYOUT, chosen.layout, "the architecture")
     elif len(description.parts["blocks.0.qkv.weight"]) == 3:
@@ -108,11 +106,14 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     return description
 
 
-def _refuse(source: Source, reasons: Mapping[str, str]) -> None:
-    for pattern, reason in reasons.items():
+def _refuse(source: Source) -> None:
+    for pattern, reason in UNSUPPORTED.items():
         for name, tensor in source.tensors.items():
             if re.fullmatch(pattern, name):
                 raise CheckpointError(f"{tensor.file}: tensor {name}: {reason}")
+    for pattern, reason in UNSUPPORTED_CODE.items():
+        if match := re.search(pattern, source.code):
+            raise CheckpointError(f"{source.path}: {match[0]!r} in the code in it: {reason}")
 
 
 def _recognise(source: Source) -> tuple[Format, dict[str, StoredTensor]]:

@@ -52,6 +52,12 @@ UNSUPPORTED = {
 }
 """Refused in every format, by name."""
 
+UNSUPPORTED_CODE = {
+    r"\battn_scale\b": "its trainer scales what attention adds, which is not supported",
+    r"\btanh\(\s*logits": "its trainer caps the logits, which is not supported",
+}
+"""Refused where a file brings its trainer's code along."""
+
 MASKS = (
     r".*attn\.(bias|masked_bias|mask)",
     r".*attention\.(bias|masked_bias)",
