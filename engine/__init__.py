@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine.llm import LLM as LLM
     from engine.llm import Completion as Completion
     from engine.request import FinishReason as FinishReason
+    from engine.request import RequestOptions as RequestOptions
     from engine.request import SamplingParams as SamplingParams
 
 _HOMES = {
@@ -21,11 +22,20 @@ _HOMES = {
     "Completion": "engine.llm",
     "FinishReason": "engine.request",
     "LLM": "engine.llm",
+    "RequestOptions": "engine.request",
     "RopewayError": "engine.errors",
     "SamplingParams": "engine.request",
 }
 
-__all__ = ["LLM", "AsyncEngine", "Completion", "FinishReason", "RopewayError", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "Completion",
+    "FinishReason",
+    "RequestOptions",
+    "RopewayError",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

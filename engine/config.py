@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
 
 Pairing = Literal["half", "interleaved"]
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2"]
+Norm = Literal["layernorm", "rmsnorm"]
+QKNorm = Literal["none", "before", "after"]
 ScalingType = Literal["default", "linear", "ntk", "dynamic", "yarn", "llama3", "xpos"]
 YarnRamp = Literal["dimension", "rotations"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
+
+SWITCHES = (
+    "parallel_residual",
+    "norm_weight",
+    "qk_norm_weight",
+    "bias",
+    "head_bias",
+    "tie_embeddings",
+)
+"""Settings of a model that are true or false."""
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -42,7 +54,7 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 class ModelConfig:
     """A RoPE GPT-2, with everything that the shapes of its tensors cannot tell.
 
-    The network is GPT-2's: pre-norm, LayerNorm, one attention and one MLP per layer, in sequence.
+    The network is GPT-2's: one attention and one MLP per layer, each on a normalised copy.
 
     vocab_size: ids that a token has; padded_vocab_size: rows of the embedding (>= vocab_size).
     max_position: trained context, in tokens.
@@ -50,6 +62,14 @@ class ModelConfig:
     rope_base: inv_freq_i = rope_base^(-2i / rotary_dim)  (Su et al. 2021, arXiv 2104.09864, 3.2.2).
     pairing: which dimensions of a stored checkpoint rotate together: in `half`
     (i, i + rotary_dim / 2), in `interleaved` (2i, 2i + 1). Inside the engine there is only `half`.
+    rope_sign: 1, or -1 where a stored checkpoint was rotated by minus the angle; inside only 1.
+    parallel_residual: the MLP reads the layer's input, not what attention made of it.
+    activation: `gelu_tanh` is GPT-2's approximation, `relu2` the square of relu.
+    norm_weight: whether norms have weights.
+    qk_norm: an RMS norm of each head's query and key, `before` or `after` the rotation;
+    qk_norm_weight: whether it has weights, which only make sense before.
+    bias: whether products and norms have biases, unless attention_bias, mlp_bias or norm_bias says
+    otherwise (null does not); an RMS norm has none. head_bias: whether the last product has one.
     """
 
     vocab_size: int
@@ -62,9 +82,19 @@ class ModelConfig:
     rotary_dim: int
     rope_base: float = 10_000.0
     pairing: Pairing = "half"
+    rope_sign: int = 1
+    parallel_residual: bool = False
     activation: Activation = "gelu"
+    norm: Norm = "layernorm"
+    norm_weight: bool = True
     norm_eps: float = 1e-5
+    qk_norm: QKNorm = "none"
+    qk_norm_weight: bool = False
     bias: bool = True
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    norm_bias: bool | None = None
+    head_bias: bool = False
     tie_embeddings: bool = True
     eos_token_id: int | None = None
 
@@ -88,9 +118,11 @@ class ModelConfig:
         _greater_than("norm_eps", self.norm_eps, 0)
         _one_of("pairing", self.pairing, get_args(Pairing))
         _one_of("activation", self.activation, get_args(Activation))
-        for name in ("bias", "tie_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        _one_of("norm", self.norm, get_args(Norm))
+        _one_of("qk_norm", self.qk_norm, get_args(QKNorm))
+        if isinstance(self.rope_sign, bool) or self.rope_sign not in (1, -1):
+            raise ConfigError(f"rope_sign must be 1 or -1, got {self.rope_sign!r}")
+        self._check_switches()
         if self.eos_token_id is not None:
             _at_least("eos_token_id", self.eos_token_id, 0)
         if self.eos_token_id is not None and self.eos_token_id >= self.vocab_size:
@@ -98,6 +130,42 @@ class ModelConfig:
                 f"eos_token_id must be below vocab_size ({self.vocab_size}), "
                 f"got {self.eos_token_id}"
             )
+
+    def _check_switches(self) -> None:
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("attention_bias", "mlp_bias", "norm_bias"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ConfigError(
+                    f"{name} must be true, false or null, got {getattr(self, name)!r}"
+                )
+        if self.norm_bias and not self.has_norm_bias:
+            raise ConfigError(
+                "norm_bias must not be true: only a layernorm with weights has biases"
+            )
+        if self.qk_norm_weight and self.qk_norm != "before":
+            raise ConfigError(
+                f"qk_norm_weight must be false with qk_norm {self.qk_norm!r}: weights after the "
+                "rotation treat the dimensions of a pair differently, so that scores no longer "
+                "depend on the distance alone"
+            )
+
+    @property
+    def has_attention_bias(self) -> bool:
+        """Whether both products of attention have biases."""
+        return self.bias if self.attention_bias is None else self.attention_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether both products of the MLP have biases."""
+        return self.bias if self.mlp_bias is None else self.mlp_bias
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether norms have biases."""
+        wanted = self.bias if self.norm_bias is None else self.norm_bias
+        return wanted and self.norm == "layernorm" and self.norm_weight
 
     @property
     def head_dim(self) -> int:
@@ -108,15 +176,7 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Build from a config.json; an unknown or missing key is a ConfigError."""
         known = {f.name for f in fields(cls)}
-        optional = {
-            "rope_base",
-            "pairing",
-            "activation",
-            "norm_eps",
-            "bias",
-            "tie_embeddings",
-            "eos_token_id",
-        }
+        optional = {f.name for f in fields(cls) if f.default is not MISSING}
         if unknown := sorted(values.keys() - known):
             raise ConfigError(
                 f"unknown model settings: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
@@ -278,14 +338,23 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """The step: max_num_seqs requests run at once, max_num_batched_tokens tokens are computed."""
+    """The step: max_num_seqs requests run at once, max_num_batched_tokens tokens are computed.
+
+    priority_seconds: a request starts as if it had come so much earlier for each point of its
+    priority. So it goes before others, but only for a time, and nothing waits for ever.
+    max_preemptions: a request that was put back so often runs to its end the next time.
+    """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    priority_seconds: float = 10.0
+    max_preemptions: int = 3
 
     def __post_init__(self) -> None:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
+        _greater_than("priority_seconds", self.priority_seconds, 0)
+        _at_least("max_preemptions", self.max_preemptions, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import zmq
 
 from engine.config import CacheConfig, DType, EngineConfig, ModelConfig, SchedulerConfig
 from engine.errors import ConfigError, RopewayError
+from engine.execution.journal import StepJournal
 from engine.execution.runner import InputBatch, ModelRunner
 from engine.execution.sampler import Sampler
 from engine.messages import (
@@ -122,8 +123,12 @@ def _notes(directory: Path, dtype: torch.dtype, device: torch.device) -> list[st
 class EngineCore:
     """The engine without its process: add, abort, step."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and take the memory. Raises CheckpointError or ConfigError."""
+    def __init__(self, config: EngineConfig, journal: StepJournal | None = None) -> None:
+        """Load the model and take the memory. Raises CheckpointError or ConfigError.
+
+        journal: where each step says what it computes, for the process after this one.
+        """
+        self._journal = journal
         directory = Path(config.model_dir)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
@@ -166,6 +171,8 @@ class EngineCore:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
             notes=_notes(directory, dtype, device),
+            suspects=[] if journal is None else journal.suspects,
+            poisoned=[] if journal is None else journal.poisoned,
         )
 
     @property
@@ -188,9 +195,13 @@ class EngineCore:
                 seed=message.seed,
                 max_tokens=message.max_tokens,
                 stop_token_ids=frozenset(message.stop_token_ids),
+                options=message.options,
+                window=message.window,
                 output_token_ids=message.output_token_ids,
                 choice=message.choice,
-            )
+                suspect=message.suspect,
+            ),
+            message.elapsed_s,
         )
 
     def abort(self, request_id: str) -> None:
@@ -200,7 +211,12 @@ class EngineCore:
     def step(self) -> list[EngineOutput]:
         """Schedule, execute, update."""
         step = self._scheduler.schedule()
+        if self._journal is not None and step.scheduled:
+            request_ids = [item.request.request_id for item in step.scheduled]
+            self._journal.begin(request_ids, alone=step.alone)
         sampled = self._runner.execute(step)
+        if self._journal is not None:
+            self._journal.end()
         return self._scheduler.update(step, sampled)
 
 
@@ -276,17 +292,22 @@ class EngineLoop:
 
 
 def main() -> int:
-    """The engine process: configuration on standard input, requests at the address in argv[1]."""
+    """The engine process: configuration on standard input, requests at the address in argv[1], its
+    journal in the file argv[2]."""
     # The server drains on Ctrl-C and then closes our standard input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+    with (
+        StepJournal(Path(sys.argv[2])) as journal,
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as socket,
+    ):
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
-            core = EngineCore(config)
+            core = EngineCore(config, journal)
         except RopewayError as error:
             print(f"error: {error}", file=sys.stderr)
             return MISCONFIGURED if isinstance(error, ConfigError) else 1

@@ -9,9 +9,10 @@ RopewayError
 │   └── ContextOverflow    prompt and output cannot fit the context or the cache
 ├── QueueFull              too many requests wait; answered with a 429
 └── EngineError            the server is at fault; answered with a 5xx
-    ├── EngineStarting     the model is still being loaded
+    ├── EngineStarting     the model is still being loaded, or loaded again after a crash
     ├── EngineStartError   the engine process could not start
     ├── EngineDead         the engine process is gone
+    ├── PoisonedRequest    the request killed the engine process, and did so again alone
     └── Draining           the server is shutting down and takes, or finishes, no more requests
 
 `code` is stable: clients may compare it. The message is for people and may change.
@@ -79,7 +80,7 @@ class EngineError(RopewayError):
 
 
 class EngineStarting(EngineError):
-    """The model is still being loaded; try again soon."""
+    """The model is still being loaded, or loaded again after a crash; try again soon."""
 
     code = "engine_starting"
 
@@ -94,6 +95,12 @@ class EngineDead(EngineError):
     """The engine process is gone; what it was generating is lost."""
 
     code = "engine_dead"
+
+
+class PoisonedRequest(EngineError):
+    """The engine process died of this request, and again when it computed nothing else."""
+
+    code = "poisoned_request"
 
 
 class Draining(EngineError):

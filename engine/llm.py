@@ -15,7 +15,7 @@ from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineOutput, EngineReady, EngineStats, TokenLogprobs
-from engine.request import FinishReason, SamplingParams
+from engine.request import FinishReason, RequestOptions, SamplingParams
 
 
 @dataclass(slots=True)
@@ -27,11 +27,7 @@ class Completion:
     text: str = ""
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens taken."""
-        return Usage(len(self.prompt_token_ids), len(self.token_ids))
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
 
 class LLM:
@@ -83,6 +79,7 @@ class LLM:
         self,
         prompts: Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        options: RequestOptions = RequestOptions(),
     ) -> list[Completion]:
         """Complete every prompt, batched together; results in the order of the prompts.
 
@@ -93,44 +90,63 @@ class LLM:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts but {len(each)} params", "params")
-        requests = [self._admit(*pair) for pair in zip(prompts, each, strict=True)]
+        requests = [self._admit(*pair, options) for pair in zip(prompts, each, strict=True)]
         completions = {
             request.request_id: Completion(
                 request.prompt_token_ids, logprobs=_empty(request.params)
             )
             for request in requests
         }
-        for request_id, delta, finish_reason in self._run(requests):
-            completion = completions[request_id]
+        cached_tokens = dict.fromkeys(completions, 0)
+        for output, delta, finish_reason in self._run(requests):
+            completion = completions[output.request_id]
+            cached_tokens[output.request_id] += output.cached_tokens
+            completion.finish_reason = finish_reason
+            if delta is None:
+                continue
             completion.token_ids.append(delta.token_id)
             completion.text += delta.text
-            completion.finish_reason = finish_reason
             if completion.logprobs is not None and delta.logprobs is not None:
                 completion.logprobs.append(delta.logprobs)
+        for request in requests:
+            completion = completions[request.request_id]
+            completion.usage = Usage.of(
+                request, len(completion.token_ids), cached_tokens[request.request_id]
+            )
         return list(completions.values())
 
     def stream(
-        self, prompt: str | list[int], params: SamplingParams = SamplingParams()
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = SamplingParams(),
+        options: RequestOptions = RequestOptions(),
     ) -> Iterator[TokenDelta]:
         """Complete one prompt, token by token. Leaving early aborts."""
-        for _, delta, _ in self._run([self._admit(prompt, params)]):
-            yield delta
+        for _, delta, _ in self._run([self._admit(prompt, params, options)]):
+            if delta is not None:
+                yield delta
 
     def stream_all(
-        self, prompts: Sequence[str | list[int]], params: SamplingParams = SamplingParams()
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams = SamplingParams(),
+        options: RequestOptions = RequestOptions(),
     ) -> Iterator[tuple[int, TokenDelta]]:
         """Complete every prompt, batched together; (place of the prompt, token) as they come."""
-        requests = [self._admit(prompt, params) for prompt in prompts]
+        requests = [self._admit(prompt, params, options) for prompt in prompts]
         places = {request.request_id: place for place, request in enumerate(requests)}
-        for request_id, delta, _ in self._run(requests):
-            yield places[request_id], delta
+        for output, delta, _ in self._run(requests):
+            if delta is not None:
+                yield places[output.request_id], delta
 
-    def _admit(self, prompt: str | list[int], params: SamplingParams) -> AddRequest:
-        return self._admission.admit(next(self._ids), prompt, params)
+    def _admit(
+        self, prompt: str | list[int], params: SamplingParams, options: RequestOptions
+    ) -> AddRequest:
+        return self._admission.admit(next(self._ids), prompt, params, options)
 
     def _run(
         self, requests: Sequence[AddRequest]
-    ) -> Iterator[tuple[str, TokenDelta, FinishReason | None]]:
+    ) -> Iterator[tuple[EngineOutput, TokenDelta | None, FinishReason | None]]:
         """Steps until all have ended; aborts what is left if the caller leaves.
 
         Steps also carry what other calls have open; their outputs wait in their inboxes.
@@ -147,11 +163,12 @@ class LLM:
                 for request_id, processor in list(open_outputs.items()):
                     inbox = self._inboxes[request_id]
                     while inbox and processor.finish_reason is None:
-                        delta = processor.process(inbox.popleft())
+                        output = inbox.popleft()
+                        delta = processor.process(output)
                         if processor.finish_reason is not None:
                             del open_outputs[request_id]
                             self._close(request_id)
-                        yield request_id, delta, processor.finish_reason
+                        yield output, delta, processor.finish_reason
                 if open_outputs:
                     self._step()
         finally:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Window
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Frontend to core: generate.
 
     The seed and max_tokens are settled at admission, so that a request that is added again (after a
-    crash, with the output_token_ids it had) goes on as if nothing had happened.
+    crash, with the output_token_ids it had) goes on as if nothing had happened. window: where it
+    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost. elapsed_s: how
+    long ago it came, where it is added again; suspect: the engine died while it was computed.
     """
 
     request_id: str
@@ -22,8 +24,13 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     seed: int
     max_tokens: int
     stop_token_ids: list[int]
+    options: RequestOptions = RequestOptions()
+    window: Window | None = None
+    truncated_tokens: int = 0
     output_token_ids: list[int] = []
     choice: int = 0
+    elapsed_s: float = 0.0
+    suspect: bool = False
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -49,29 +56,39 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     """Core to frontend: what a step gave one request.
 
-    index: stream index of the token. queue_seconds: how long the request waited for its first step,
-    sent with its first token.
+    index: stream index of the token. token_id: None where the request ended without one, at its
+    timeout; then index is that of the token that would have come. queue_seconds: how long the
+    request waited for its first step, sent with its first token, as is cached_tokens: tokens of its
+    prompt that were not computed.
     """
 
     request_id: str
     index: int
-    token_id: int
+    token_id: int | None
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     queue_seconds: float | None = None
+    cached_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The core's gauges and counters, as of the last step."""
+    """The core's gauges and counters, as of the last step.
+
+    blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. prefix_queries:
+    tokens of the prompts that began; prefix_hits: those of them that were cached.
+    """
 
     running: int = 0
     waiting: int = 0
     blocks_total: int = 0
     blocks_free: int = 0
+    blocks_cached: int = 0
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -82,7 +99,11 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Core to frontend: the model is loaded and can serve; the sizes that were settled."""
+    """Core to frontend: the model is loaded and can serve; the sizes that were settled.
+
+    suspects: requests that the engine process before this one computed when it died; poisoned: one
+    that was a suspect already, and was computed alone.
+    """
 
     model: str
     num_parameters: int
@@ -98,6 +119,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_num_batched_tokens: int
     threads: int
     notes: list[str] = []
+    suspects: list[str] = []
+    poisoned: list[str] = []
 
 
 ToCore = AddRequest | AbortRequest | Hello
@@ -108,22 +131,28 @@ FromCore = StepOutput | EngineReady
 class ScheduledRequest:
     """Compute tokens start .. start + num_tokens - 1 of a request in this step.
 
+    position: where the first of them stands; behind start by the pages that were dropped.
     samples: the last of them is the last known token, so a new one follows.
     """
 
     request: Request
     start: int
+    position: int
     num_tokens: int
     samples: bool
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step's work. released: requests whose rows the runner may forget."""
+    """One step's work.
+
+    released: requests whose rows the runner may forget; alone: the step tries a suspect.
+    """
 
     scheduled: list[ScheduledRequest]
     released: list[str]
     num_tokens: int
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

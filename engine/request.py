@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal, get_args
 
 import msgspec
 
@@ -10,11 +11,19 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+Overflow = Literal["error", "truncate", "shift"]
+SINK_BLOCKS = 1
+"""Pages at the beginning that a shift keeps: what they hold, every later token attends to (Xiao et
+al. 2023, arXiv 2309.17453: attention sinks)."""
+
+MAX_SALT = 256
+MAX_PRIORITY = 100
+MAX_TIMEOUT_S = 86_400.0
 SEED_BITS = 64
 MAX_INT = 2**31 - 1
 MIN_TEMPERATURE = 1e-6
-OPTIONAL = ("seed", "max_tokens", "logprobs")
-"""Integers that may be None."""
+OPTIONAL = ("seed", "max_tokens", "logprobs", "timeout_s")
+"""Numbers that may be None."""
 
 
 class FinishReason(enum.StrEnum):
@@ -22,6 +31,7 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"  # an end token, a stop token id or a stop string
     LENGTH = "length"  # max_tokens
+    TIMEOUT = "timeout"  # timeout_s
 
 
 class RequestStatus(enum.Enum):
@@ -71,38 +81,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # one text is meant, not its characters
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        self._check_number("temperature", 0.0, 100.0)
+        _check_number(self, "temperature", 0.0, 100.0)
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise InvalidRequest(
                 f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
                 f"got {self.temperature}",
                 "temperature",
             )
-        self._check_integer("top_k", 0, MAX_INT)
-        self._check_number("top_p", 0.0, 1.0, open_low=True)
-        self._check_number("min_p", 0.0, 1.0)
-        self._check_number("repetition_penalty", 0.01, 100.0)
-        self._check_number("presence_penalty", -100.0, 100.0)
-        self._check_number("frequency_penalty", -100.0, 100.0)
-        self._check_integer("seed", 0, 2**SEED_BITS - 1)
-        self._check_integer("max_tokens", 1, MAX_INT)
-        self._check_integer("logprobs", 0, MAX_LOGPROBS)
+        _check_integer(self, "top_k", 0, MAX_INT)
+        _check_number(self, "top_p", 0.0, 1.0, open_low=True)
+        _check_number(self, "min_p", 0.0, 1.0)
+        _check_number(self, "repetition_penalty", 0.01, 100.0)
+        _check_number(self, "presence_penalty", -100.0, 100.0)
+        _check_number(self, "frequency_penalty", -100.0, 100.0)
+        _check_integer(self, "seed", 0, 2**SEED_BITS - 1)
+        _check_integer(self, "max_tokens", 1, MAX_INT)
+        _check_integer(self, "logprobs", 0, MAX_LOGPROBS)
         self._check_stop_strings()
         self._check_stop_token_ids()
-
-    def _check_number(self, field: str, low: float, high: float, open_low: bool = False) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidRequest(f"{field} must be a number, got {value!r}", field)
-        _within(field, value, low, high, open_low)
-
-    def _check_integer(self, field: str, low: int, high: int) -> None:
-        value = getattr(self, field)
-        if value is None and field in OPTIONAL:
-            return
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
-        _within(field, value, low, high)
 
     def _check_stop_token_ids(self) -> None:
         if not isinstance(self.stop_token_ids, tuple | list):
@@ -137,12 +133,90 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature == 0.0
 
 
+def _check_number(
+    owner: object, field: str, low: float, high: float, open_low: bool = False
+) -> None:
+    value = getattr(owner, field)
+    if value is None and field in OPTIONAL:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{field} must be a number, got {value!r}", field)
+    _within(field, value, low, high, open_low)
+
+
+def _check_integer(owner: object, field: str, low: int, high: int) -> None:
+    value = getattr(owner, field)
+    if value is None and field in OPTIONAL:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
+    _within(field, value, low, high)
+
+
 def _within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     # Comparisons with NaN are false, so it is never within.
     if (low < value if open_low else low <= value) and value <= high:
         return
     least = f"greater than {low}" if open_low else f"at least {low}"
     raise InvalidRequest(f"{field} must be {least} and at most {high}, got {value}", field)
+
+
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request is treated, whatever its tokens are. Checked when made.
+
+    priority    the greater, the sooner it starts, as if it had come some seconds earlier for each
+                point (SchedulerConfig.priority_seconds); and the later it is preempted
+    timeout_s   seconds that it may wait and run; then it ends as it is. None: no limit
+    overflow    where prompt and max_tokens do not fit the context: `error` refuses, `truncate`
+                keeps the end of the prompt, `shift` goes on without end by dropping the oldest
+                pages but the first; the others keep what they knew of them, so that is an
+                approximation
+    cache_salt  opaque; pages are shared among requests of the same salt only, so that nobody can
+                tell by time what others asked
+    """
+
+    priority: int = 0
+    timeout_s: float | None = None
+    overflow: Overflow = "error"
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        _check_integer(self, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+        _check_number(self, "timeout_s", 0.0, MAX_TIMEOUT_S, open_low=True)
+        if self.overflow not in get_args(Overflow):
+            raise InvalidRequest(
+                f"overflow must be one of {', '.join(get_args(Overflow))}; got {self.overflow!r}",
+                "overflow",
+            )
+        if not isinstance(self.cache_salt, str):
+            raise InvalidRequest(
+                f"cache_salt must be a text, got {self.cache_salt!r}", "cache_salt"
+            )
+        if len(self.cache_salt) > MAX_SALT:
+            raise InvalidRequest(
+                f"cache_salt can have at most {MAX_SALT} characters, got {len(self.cache_salt)}",
+                "cache_salt",
+            )
+
+
+class Window(msgspec.Struct, frozen=True):
+    """The pages that a request with overflow `shift` holds at most: the first, and the last.
+
+    The oldest page after the sinks is dropped exactly when the token that begins a new one is
+    computed. So what a token sees is a function of its stream index, counted from the first token
+    of the prompt, and of nothing else.
+    """
+
+    block_size: int
+    num_blocks: int
+
+    def num_dropped_blocks(self, index: int) -> int:
+        """Pages dropped before the token `index` is computed."""
+        return max(0, index // self.block_size - self.num_blocks + 1)
+
+    def chunk_end(self, start: int) -> int:
+        """The index up to which tokens from `start` on see the same pages."""
+        return (max(start // self.block_size, self.num_blocks - 1) + 1) * self.block_size
 
 
 class Request:
@@ -159,16 +233,25 @@ class Request:
         "choice",
         "finish_reason",
         "max_tokens",
+        "num_cached_tokens",
         "num_computed_tokens",
+        "num_dropped_blocks",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_remembered_blocks",
+        "options",
         "params",
+        "pinned",
+        "prefix",
         "request_id",
         "scheduled",
         "seed",
         "status",
         "stop_token_ids",
+        "suspect",
         "token_ids",
+        "turn",
+        "window",
     )
 
     def __init__(
@@ -180,19 +263,31 @@ class Request:
         seed: int,
         max_tokens: int,
         stop_token_ids: frozenset[int],
+        options: RequestOptions = RequestOptions(),
+        window: Window | None = None,
         output_token_ids: list[int] | None = None,
         choice: int = 0,
         arrival: float = 0.0,
+        suspect: bool = False,
     ) -> None:
-        """output_token_ids: what an earlier engine had generated for this request already.
+        """window: where it may outgrow the context, and shifts then; num_dropped_blocks: by how
+        many pages it has. output_token_ids: what an earlier engine had generated for it already.
 
         arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
-        began.
+        began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
+        num_remembered_blocks pages of the table are known to that cache under the number `prefix`,
+        None where they cannot be.
+
+        turn: where it stands in the queue, least first; its second part numbers the arrivals.
+        pinned: it runs and may not be preempted. suspect: an engine died while it computed this
+        one, among others perhaps; so it runs alone until its next token.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
+        self.options = options
+        self.window = window
         self.seed = seed
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
@@ -202,9 +297,21 @@ class Request:
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_dropped_blocks = 0
+        self.num_remembered_blocks = 0
+        self.prefix: int | tuple[int, str] | None = self.origin
         self.num_preemptions = 0
+        self.turn = (arrival, 0)
+        self.pinned = False
+        self.suspect = suspect
         self.block_table: list[int] = []
         self.bases: list[int] = []
+
+    @property
+    def origin(self) -> tuple[int, str]:
+        """What its prefixes begin with: the rotation profile (one so far) and the salt."""
+        return (0, self.options.cache_salt)
 
     @property
     def num_tokens(self) -> int:

@@ -22,6 +22,7 @@ from rich.table import Table
 from engine import LLM
 from engine.messages import EngineReady
 from engine.model.loader import read_config
+from loadtest.determinism import Load, compare
 from loadtest.machine import Machine
 from loadtest.workload import Measured, Workload, run_http, run_offline, served
 
@@ -212,3 +213,38 @@ def throughput(
     workloads = [Workload(count, prompt_tokens, output_tokens, size) for count in counts]
     document = measure(model, dtype, threads, workloads, repeats, http)
     report("throughput", {"command": "throughput", **document}, json_file)
+
+
+@app.command()
+def determinism(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    requests: Annotated[int, typer.Option(help="Different requests.", min=2)] = 32,
+    prompt_tokens: Prompt = 128,
+    output_tokens: Output = 64,
+    json_file: Json = None,
+) -> None:
+    """The same requests alone, together, cached, chunked and preempted: how many differ in a bit.
+
+    Exits with 1 if any does.
+    """
+    load = Load(requests, prompt_tokens, output_tokens, read_config(model).vocab_size)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("comparing", total=5)
+        document = compare(model, dtype, threads, load, lambda: progress.advance(task))
+    text = json.dumps({"command": "determinism", **document}, indent=2)
+    print(text)
+    if json_file is not None:
+        json_file.write_text(text + "\n")
+    table = Table(title=f"{document['model']['name']}, {document['engine']['dtype']}")
+    for column in document["ways"][0]:
+        table.add_column(column.replace("_", " "))
+    for way in document["ways"]:
+        table.add_row(*map(str, way.values()))
+    Console(stderr=True).print(table)
+    Console(stderr=True).print(
+        f"{document['compared']} requests compared, {document['differences']} differences"
+    )
+    if document["differences"]:
+        raise typer.Exit(1)

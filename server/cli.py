@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, RequestError, RopewayError
-from engine.frontend.process import EngineProcess
+from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
@@ -29,7 +29,7 @@ from server.sizes import parse_size
 BACKLOG = 2048
 STOP_SECONDS = 5.0
 CRASH_SECONDS = 2.0
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+FAILED, MISUSED, UNDECIDED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes, besides 0."""
 
 CONFIGS = (EngineConfig, CacheConfig, SchedulerConfig)
@@ -202,6 +202,9 @@ def serve(
     drain_timeout: Annotated[
         float, option(min=0, help="Seconds that running streams get once told to stop.")
     ] = SERVER.drain_seconds,
+    max_restarts: Annotated[
+        int, option(min=0, help="Restarts in a row of an engine process that died.")
+    ] = SERVER.max_restarts,
 ) -> None:
     """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest."""
     began = time.monotonic()
@@ -221,7 +224,10 @@ def serve(
             unused_token_ids=tuple(tokenizer.unused_ids),
         )
     settings = ServerSettings(
-        max_queue=max_queue, num_workers=api_workers, drain_seconds=drain_timeout
+        max_queue=max_queue,
+        num_workers=api_workers,
+        drain_seconds=drain_timeout,
+        max_restarts=max_restarts,
     )
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
@@ -248,7 +254,13 @@ def serve(
             peers.append(PeerProcess(peer))
             other.close()
         worker = HttpWorker(
-            tokenizer, process.address, listener, settings, exited=process.exit_status, peers=peers
+            tokenizer,
+            process.address,
+            listener,
+            settings,
+            exited=process.exit_status,
+            supervise=Supervisor(process, max_restarts).poll,
+            peers=peers,
         )
         lived = worker.run(announce)
         # A process that crashed closes its connections a moment before it has a status.
@@ -371,6 +383,48 @@ def train(context: typer.Context) -> None:
         from weights.train import main as train_main  # noqa: PLC0415
 
         train_main(context.args)
+
+
+SourceArgument = Annotated[
+    Path, typer.Argument(metavar="SRC", show_envvar=False, help="A checkpoint: file or directory.")
+]
+SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
+SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
+TEXT_HELP = "Text like the training text, to score on what the files leave open."
+TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
+
+
+@app.command()
+def convert(
+    source: SourceArgument,
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", show_envvar=False, help="A new directory.")
+    ],
+    *,
+    to: Annotated[
+        Literal["ropeway", "gpt-neox"], option(help="gpt-neox: for Hugging Face to load.")
+    ] = "ropeway",
+    text: TextOption = None,
+    declare: SetOption = None,
+) -> None:
+    """Turn a checkpoint into a model directory; what its files leave open, a text tells."""
+    from weights import commands  # noqa: PLC0415
+
+    with reported():
+        commands.convert(source, destination, to, text, declare or [])
+
+
+@app.command()
+def inspect(source: SourceArgument, *, text: TextOption = None, declare: SetOption = None) -> None:
+    """Show what a checkpoint says of itself, what it leaves open, and what a text tells of that.
+
+    The exit code is 3 where something is open and the text does not tell.
+    """
+    from weights import commands  # noqa: PLC0415
+
+    with reported():
+        if not commands.inspect(source, text, declare or []):
+            raise typer.Exit(UNDECIDED)
 
 
 if __name__ == "__main__":

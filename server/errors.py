@@ -16,6 +16,7 @@ from engine.errors import (
     Draining,
     EngineError,
     EngineStarting,
+    PoisonedRequest,
     QueueFull,
     RequestError,
     RopewayError,
@@ -33,6 +34,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
         415: "The body is not said to be JSON.",
         422: "A field is unknown, of the wrong type or out of range, or the context is too short.",
         429: "Too many requests wait already; Retry-After says when to try again.",
+        500: "A fault of the server; or the engine died of this request, also alone.",
         503: "The engine is starting or gone, or the server is shutting down.",
     }.items()
 }
@@ -65,6 +67,8 @@ def status_of(error: RopewayError) -> int:
         return HTTPStatus.UNPROCESSABLE_ENTITY
     if isinstance(error, QueueFull):
         return HTTPStatus.TOO_MANY_REQUESTS
+    if isinstance(error, PoisonedRequest):
+        return HTTPStatus.INTERNAL_SERVER_ERROR
     if isinstance(error, EngineError):
         return HTTPStatus.SERVICE_UNAVAILABLE
     return HTTPStatus.INTERNAL_SERVER_ERROR

@@ -37,12 +37,28 @@ class EngineCollector(Collector):
                 "Pages of the cache in use.",
                 stats.blocks_total - stats.blocks_free,
             ),
-            "kv_blocks_free": ("Pages of the cache that are free.", stats.blocks_free),
+            "kv_blocks_free": ("Pages of the cache that nobody holds.", stats.blocks_free),
+            "kv_blocks_cached": (
+                "Pages that the prefix cache knows, held or not.",
+                stats.blocks_cached,
+            ),
         }
         counters = {
-            "prompt_tokens": ("Prompt tokens computed.", stats.prompt_tokens),
+            "prompt_tokens": ("Prompt tokens taken in, cached ones included.", stats.prompt_tokens),
             "generation_tokens": ("Tokens generated.", stats.output_tokens),
             "preemptions": ("Requests put back because pages ran out.", stats.preemptions),
+            "prefix_cache_queries": (
+                "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_queries,
+            ),
+            "prefix_cache_hits": (
+                "Prompt tokens found in the prefix cache.",
+                stats.prefix_hits,
+            ),
+            "engine_deaths": (
+                "Deaths of the engine process that this process has seen.",
+                self._engine.deaths,
+            ),
             "engine_steps": ("Steps of the engine.", stats.steps),
         }
         for name, (help_text, value) in gauges.items():
@@ -60,7 +76,7 @@ class Metrics:
         self._registry.register(EngineCollector(engine))
         self.requests = Counter(
             "ropeway_requests",
-            "Requests by outcome: stop, length, aborted, error or the code of a refusal.",
+            "Requests by outcome: stop, length, timeout, aborted, error or the code of a refusal.",
             ["outcome"],
             registry=self._registry,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import msgspec
 
@@ -23,7 +24,8 @@ class PeerProcess:
     """Starts, watches and stops `python -m server.worker`.
 
     As with the engine's process, its standard input is a pipe: first the configuration, then
-    nothing until the end of file, which tells it to drain and exit, however this process ends.
+    nothing until the end of file, which tells it to drain and exit, however this process ends. A
+    line before that says that the engine is gone for good.
     """
 
     def __init__(self, config: PeerConfig) -> None:
@@ -41,6 +43,14 @@ class PeerProcess:
     def exit_status(self) -> int | None:
         """The exit status, None while the process lives."""
         return self._process.poll()
+
+    def give_up(self) -> None:
+        """Tell it that the engine will not come back, so that its streams end by an error."""
+        assert self._process.stdin is not None
+        if not self._process.stdin.closed:
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(b"\n")
+                self._process.stdin.flush()
 
     def drain(self) -> None:
         """Tell it to drain and exit."""

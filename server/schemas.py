@@ -19,13 +19,18 @@ from engine.messages import TokenLogprobs
 from engine.request import (
     MAX_INT,
     MAX_LOGPROBS,
+    MAX_PRIORITY,
     MAX_STOP_STRINGS,
+    MAX_TIMEOUT_S,
     SEED_BITS,
     FinishReason,
+    Overflow,
+    RequestOptions,
     SamplingParams,
 )
 
 DEFAULTS = SamplingParams()
+OPTIONS = RequestOptions()
 
 
 def _is_list_of(kind: type, value: object) -> bool:
@@ -125,6 +130,24 @@ class GenerateRequest(RequestModel):
         description="Give each token's log-probability and those of the k likeliest.",
         json_schema_extra=_bounds(0, MAX_LOGPROBS),
     )
+    priority: int = Field(
+        OPTIONS.priority,
+        description="The greater, the sooner the request starts; the others wait longer, but never "
+        "for ever.",
+        json_schema_extra=_bounds(-MAX_PRIORITY, MAX_PRIORITY),
+    )
+    timeout_s: float | None = Field(
+        OPTIONS.timeout_s,
+        description="Seconds that the request may wait and run; then it ends with what it has and "
+        "the finish reason `timeout`. null: no limit.",
+        json_schema_extra=_bounds(0, MAX_TIMEOUT_S, open_low=True),
+    )
+    overflow: Overflow = Field(
+        OPTIONS.overflow,
+        description="Where prompt and max_tokens do not fit the context: `error` refuses the "
+        "request; `truncate` keeps the end of the prompt; `shift` goes on without end by dropping "
+        "the oldest pages after the first, which is an approximation.",
+    )
 
     def to_params(self) -> SamplingParams:
         """Checked sampling parameters. Raises InvalidRequest."""
@@ -133,6 +156,12 @@ class GenerateRequest(RequestModel):
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
         return SamplingParams(**fields)
+
+    def to_options(self) -> RequestOptions:
+        """Checked options. Raises InvalidRequest."""
+        return RequestOptions(
+            priority=self.priority, timeout_s=self.timeout_s, overflow=self.overflow
+        )
 
 
 class TopLogprob(BaseModel):
@@ -187,11 +216,17 @@ class TokenEvent(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """Tokens that a request took."""
+    """Tokens that a request took.
+
+    `cached_tokens` of the prompt were not computed again; `dropped_tokens` were cut from it, and
+    are not counted in it, or were shifted out: see `overflow`.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int
+    dropped_tokens: int
 
 
 class TimingBody(BaseModel):
@@ -268,6 +303,8 @@ def _summary(stream: Stream) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "dropped_tokens": usage.dropped_tokens,
         },
         "timing": {name: at if at is None else round(at, 6) for name, at in moments.items()},
     }

@@ -8,10 +8,10 @@ from typing import Annotated, Self
 
 from fastapi import Depends, Request
 
-from engine.errors import Draining, EngineError, EngineStarting, RopewayError
+from engine.errors import Draining, EngineError, RopewayError
 from engine.frontend.client import AsyncEngine, Stream
 from engine.frontend.output import TokenDelta
-from engine.request import SamplingParams
+from engine.request import RequestOptions, SamplingParams
 from server.metrics import Metrics
 from server.settings import ServerSettings
 
@@ -82,18 +82,21 @@ class Service:
 
     def check_ready(self) -> None:
         """Raises the EngineError that keeps this process from serving, if there is one."""
-        if self.engine.error is not None:
-            raise self.engine.error
-        if self._draining:
+        if self._draining and self.engine.alive:
             raise Draining("the server is shutting down and takes no new requests")
-        if self.engine.ready is None:
-            raise EngineStarting("the model is still being loaded; try again soon")
+        if (reason := self.engine.unready) is not None:
+            raise reason
 
-    def generate(self, prompt: str | list[int], params: SamplingParams) -> Generation:
+    def generate(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> Generation:
         """Start a request. Raises RequestError, QueueFull or EngineError."""
         try:
             self.check_ready()
-            stream = self.engine.submit(uuid.uuid4().hex, prompt, params)
+            stream = self.engine.submit(uuid.uuid4().hex, prompt, params, options)
         except RopewayError as error:
             self.metrics.requests.labels(error.code).inc()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -64,19 +65,23 @@ class HttpWorker:
         settings: ServerSettings,
         *,
         exited: Callable[[], int | None] = lambda: None,
+        supervise: Callable[[], int | None] = lambda: None,
         peers: Sequence[PeerProcess] = (),
     ) -> None:
         """address: the engine's; listener: listens already.
 
-        exited: the engine process's exit status, None while it lives. peers: drained with us.
+        exited: the engine process's exit status, None while it lives. supervise: called often once
+        the engine was ready; the status that it died with for good. peers: drained with us.
         """
         self._tokenizer = tokenizer
         self._address = address
         self._listener = listener
         self._settings = settings
         self._exited = exited
+        self._supervise = supervise
         self._peers = peers
         self._stops = 0
+        self._announced = False
 
     def stop(self) -> None:
         """Drain and end; a second call ends at once. For signal handlers."""
@@ -98,16 +103,17 @@ class HttpWorker:
 
     async def _run(self, on_ready: Callable[[EngineReady], None], parent: int | None) -> bool:
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, self.stop)
-        if parent is not None:
-            loop.add_reader(parent, self._lose_parent, parent)
         engine = AsyncEngine(
             self._tokenizer,
             self._address,
             max_queue=self._settings.max_queue,
             num_workers=self._settings.num_workers,
+            recovers=self._settings.max_restarts > 0,
         )
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self.stop)
+        if parent is not None:
+            loop.add_reader(parent, self._hear, parent, engine)
         app = create_app(engine, self._settings, self._exited)
         server = Server(
             uvicorn.Config(
@@ -126,6 +132,8 @@ class HttpWorker:
         lived = await self._until_stopped(engine, serving, on_ready)
         app.state.service.drain()
         for peer in self._peers:
+            if not engine.alive:
+                peer.give_up()
             peer.drain()
         await self._until_drained(engine, server)
         lived = lived and engine.alive
@@ -133,9 +141,18 @@ class HttpWorker:
         await server.end(serving, 0.0 if self.hurried else FLUSH_SECONDS)
         return lived
 
-    def _lose_parent(self, parent: int) -> None:
-        asyncio.get_running_loop().remove_reader(parent)
-        self.stop()
+    def _hear(self, parent: int, engine: AsyncEngine) -> None:
+        """What PeerProcess says."""
+        if os.read(parent, 64):
+            engine.fail(EngineDead("the engine process died too often"))
+        else:
+            asyncio.get_running_loop().remove_reader(parent)
+            self.stop()
+
+    def _watch_over(self, engine: AsyncEngine) -> None:
+        """Keep the engine process alive, or note that it is gone for good."""
+        if self._announced and engine.alive and (status := self._supervise()) is not None:
+            engine.fail(EngineDead(f"the engine process ended with status {status}"))
 
     async def _until_stopped(
         self,
@@ -143,13 +160,13 @@ class HttpWorker:
         serving: asyncio.Task[None],
         on_ready: Callable[[EngineReady], None],
     ) -> bool:
-        announced = False
         while not self._stops:
-            if not announced and engine.ready is not None:
-                announced = True
+            if not self._announced and engine.ready is not None:
+                self._announced = True
                 on_ready(engine.ready)
-            if (status := self._exited()) is not None:
+            if not self._announced and (status := self._exited()) is not None:
                 engine.fail(EngineDead(f"the engine process ended with status {status}"))
+            self._watch_over(engine)
             if serving.done():  # it could not start; the exception comes where it is awaited
                 return False
             if not engine.alive or any(peer.exit_status() is not None for peer in self._peers):
@@ -163,6 +180,7 @@ class HttpWorker:
         while server.busy or any(peer.exit_status() is None for peer in self._peers):
             if self.hurried or time.monotonic() >= deadline:
                 break
+            self._watch_over(engine)
             await asyncio.sleep(TICK_SECONDS)
 
 

@@ -19,6 +19,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from engine.frontend.tokenizer import Tokenizer
 from weights.corpus import read_documents
+from weights.vocabulary import bytes_of_printable
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's split, with two changes: numbers in groups of at most three digits, so that a small
@@ -43,13 +44,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def bytes_of_printable() -> dict[str, int]:
-    """GPT-2's stand-ins: the printable character that `tokenizers` writes for each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def ranks_of(tokenizer: tokenizers.Tokenizer) -> dict[bytes, int]:

@@ -20,7 +20,7 @@ class InputBatch:
     """The block tables of the running requests, kept between steps, one row each.
 
     A row is extended by what its request gained since the last step, so that a step's work does not
-    grow with the context.
+    grow with the context; where the request dropped a page, it is written anew.
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
@@ -28,6 +28,7 @@ class InputBatch:
         self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.bases: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_blocks: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
+        self._dropped: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
         self._rows: dict[str, int] = {}
         self._free = list(range(max_num_seqs))
 
@@ -43,6 +44,9 @@ class InputBatch:
         row = self._rows.get(request.request_id)
         if row is None:
             row = self._rows[request.request_id] = self._free.pop()
+            self.num_blocks[row] = 0
+        if self._dropped[row] != request.num_dropped_blocks:
+            self._dropped[row] = request.num_dropped_blocks
             self.num_blocks[row] = 0
         known, total = self.num_blocks[row], len(request.block_table)
         if known < total:
@@ -110,7 +114,7 @@ class ModelRunner:
         for item in scheduled:
             token_ids += item.request.token_ids[item.start : item.start + item.num_tokens]
         rows = np.array([self._batch.row(item.request) for item in scheduled])
-        starts = np.array([item.start for item in scheduled])
+        starts = np.array([item.position for item in scheduled])
         counts = np.array([item.num_tokens for item in scheduled])
         query_start = np.zeros(len(scheduled) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import Self
 
 from engine.errors import ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineReady
-from engine.request import SEED_BITS, SamplingParams
+from engine.request import (
+    MAX_INT,
+    SEED_BITS,
+    SINK_BLOCKS,
+    Overflow,
+    RequestOptions,
+    SamplingParams,
+    Window,
+)
+
+MAX_CONTEXTS = 64
+"""How many times the context a prompt may be, where `overflow` says what to do with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that a request took."""
+    """Tokens that a request took.
+
+    cached_tokens: of the prompt, found in the prefix cache. dropped_tokens: what the end did not
+    see, by `overflow`: cut from the prompt (and not counted in it), or shifted out.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    dropped_tokens: int = 0
+
+    @classmethod
+    def of(cls, request: AddRequest, completion_tokens: int, cached_tokens: int) -> Self:
+        """The usage of a request that has come so far."""
+        prompt_tokens = len(request.prompt_token_ids)
+        dropped = request.truncated_tokens
+        if request.window is not None:
+            last = max(0, prompt_tokens + completion_tokens - 2)  # computed; the last one is not
+            dropped += request.window.num_dropped_blocks(last) * request.window.block_size
+        return cls(prompt_tokens, completion_tokens, cached_tokens, dropped)
 
     @property
     def total_tokens(self) -> int:
@@ -31,13 +59,27 @@ class Admission:
     tokenizer: Tokenizer
     engine: EngineReady
 
-    def admit(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> AddRequest:
+    def admit(
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> AddRequest:
         """Settle tokens, seed, limit and end tokens.
 
         Raises InvalidRequest for a prompt that is empty or holds ids that no token has, and
-        ContextOverflow where prompt and output cannot fit the context or the whole cache.
+        ContextOverflow where prompt and output cannot fit the context or the whole cache, and
+        `overflow` does not help.
         """
-        token_ids = self._token_ids(prompt)
+        token_ids = self._token_ids(prompt, options.overflow)
+        num_tokens, window, max_tokens = len(token_ids), None, params.max_tokens
+        if options.overflow == "truncate":
+            token_ids = self._truncated(token_ids, max_tokens)
+        elif options.overflow == "shift":
+            window = self._window(num_tokens, max_tokens)
+        if window is None:
+            max_tokens = self._max_tokens(len(token_ids), max_tokens)
         stop_token_ids = set(params.stop_token_ids)
         for token_id in params.stop_token_ids:
             if token_id not in self.tokenizer:
@@ -52,19 +94,26 @@ class Admission:
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=params,
+            options=options,
             seed=secrets.randbits(SEED_BITS) if params.seed is None else params.seed,
-            max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
+            max_tokens=MAX_INT if max_tokens is None else max_tokens,
             stop_token_ids=sorted(stop_token_ids),
+            window=window,
+            truncated_tokens=num_tokens - len(token_ids),
         )
 
-    def _token_ids(self, prompt: str | list[int]) -> list[int]:
+    def _token_ids(self, prompt: str | list[int], overflow: Overflow) -> list[int]:
         limit = self.engine.max_position
+        what = "the context"
+        if overflow != "error":
+            limit *= MAX_CONTEXTS
+            what = f"overflow {overflow!r} with a context of {self.engine.max_position}"
         if isinstance(prompt, str):
             # Checked before tokenising, which can take long for a text that has no spaces.
             if len(prompt) > limit * self.tokenizer.longest_token:
                 raise ContextOverflow(
-                    f"prompt has {len(prompt)} characters; the context of {limit} tokens cannot "
-                    f"hold more than {limit * self.tokenizer.longest_token}",
+                    f"prompt has {len(prompt)} characters; {what} takes {limit} tokens, which "
+                    f"cannot hold more than {limit * self.tokenizer.longest_token}",
                     "prompt",
                 )
             try:
@@ -83,14 +132,53 @@ class Admission:
             raise InvalidRequest("prompt must hold at least one token, got none", "prompt")
         if len(prompt) > limit:
             raise ContextOverflow(
-                f"prompt has {len(prompt)} tokens; the context is {limit}", "prompt"
+                f"prompt has {len(prompt)} tokens; {what} takes {limit}", "prompt"
             )
         return prompt
 
+    @property
+    def _limit(self) -> int:
+        """Tokens that one request can have in the cache."""
+        return min(self.engine.max_position, self.engine.num_blocks * self.engine.block_size)
+
+    def _truncated(self, token_ids: list[int], max_tokens: int | None) -> list[int]:
+        """The end of a prompt, so that max_tokens fit behind it."""
+        if max_tokens is None:
+            if len(token_ids) > self._limit:
+                raise InvalidRequest(
+                    f"max_tokens must be given with overflow 'truncate' where the prompt "
+                    f"({len(token_ids)} tokens) is longer than the limit of {self._limit}",
+                    "max_tokens",
+                )
+            return token_ids
+        room = self._limit + 1 - max_tokens
+        if room < 1:
+            raise ContextOverflow(
+                f"max_tokens must be at most {self._limit} where at least one token of the prompt "
+                f"is kept, got {max_tokens}",
+                "max_tokens",
+            )
+        return token_ids[-room:]
+
+    def _window(self, num_prompt_tokens: int, max_tokens: int | None) -> Window | None:
+        """What a shifting request sees; None where it fits as it is."""
+        engine = self.engine
+        if max_tokens is not None and num_prompt_tokens + max_tokens <= self._limit + 1:
+            return None
+        num_blocks = engine.max_position // engine.block_size
+        least = SINK_BLOCKS + 2
+        if num_blocks < least or num_blocks > engine.num_blocks:
+            raise ContextOverflow(
+                f"overflow 'shift' needs {max(num_blocks, least)} pages of {engine.block_size} "
+                f"tokens; the context of {engine.max_position} tokens has {num_blocks}, the cache "
+                f"{engine.num_blocks}",
+                "overflow",
+            )
+        return Window(engine.block_size, num_blocks)
+
     def _max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
         """The last token is sampled but never computed, so it needs no position of its own."""
-        capacity = self.engine.num_blocks * self.engine.block_size
-        limit = min(self.engine.max_position, capacity)
+        limit = self._limit
         room = limit + 1 - num_prompt_tokens
         if room < 1 or (asked is not None and asked > room):
             what = "context" if limit == self.engine.max_position else "cache"

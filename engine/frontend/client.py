@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import msgspec
-import zmq
 import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
 
-from engine.errors import EngineDead, EngineError, EngineStartError, EngineStarting, QueueFull
+from engine.errors import (
+    EngineDead,
+    EngineError,
+    EngineStartError,
+    EngineStarting,
+    PoisonedRequest,
+    QueueFull,
+)
 from engine.frontend.admission import Admission, Usage
+from engine.frontend.connection import Connection
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import (
@@ -24,12 +30,11 @@ from engine.messages import (
     EngineOutput,
     EngineReady,
     EngineStats,
-    FromCore,
     Hello,
     StepOutput,
     ToCore,
 )
-from engine.request import FinishReason, SamplingParams
+from engine.request import FinishReason, RequestOptions, SamplingParams
 
 
 @dataclass(slots=True)
@@ -49,8 +54,9 @@ class Stream:
 
     Each step of the loop yields every token that came since the last one, so a slow reader gets
     fewer, larger pieces. After the loop finish_reason, usage and timing are settled. If the engine
-    dies, the tokens that came are yielded and then EngineDead is raised. Leaving early must be
-    followed by close(), which frees the request's pages; `async with` does so.
+    dies and is not started again, the tokens that came are yielded and then EngineDead is raised.
+    Leaving early must be followed by close(), which frees the request's pages; `async with` does
+    so.
     """
 
     def __init__(
@@ -59,7 +65,11 @@ class Stream:
         self.request_id = request.request_id
         self.prompt_token_ids = request.prompt_token_ids
         self.seed = request.seed
+        self._request = request
         self.timing = Timing()
+        self._cached_tokens = 0
+        self._token_ids: list[int] = []
+        self._suspect = False
         self._output = OutputProcessor(tokenizer, request.params, frozenset(request.stop_token_ids))
         self._submitted = time.monotonic()
         self._waiting: list[TokenDelta] = []
@@ -75,22 +85,36 @@ class Stream:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(len(self.prompt_token_ids), self._output.num_tokens)
+        return Usage.of(self._request, self._output.num_tokens, self._cached_tokens)
 
     def close(self) -> None:
         """Abort, unless the request has ended."""
         self._close(self)
 
     def deliver(self, output: EngineOutput) -> None:
-        """Take a token from the engine."""
+        """Take a token, or the end without one, from the engine."""
         now = time.monotonic() - self._submitted
-        if self.timing.first_token is None:
-            self.timing.first_token = now
-            self.timing.queue = output.queue_seconds
-        self._waiting.append(self._output.process(output))
+        if (delta := self._output.process(output)) is not None:
+            self._waiting.append(delta)
+            self._token_ids.append(delta.token_id)
+            self._suspect = False
+            if self.timing.first_token is None:
+                self.timing.first_token = now
+                self.timing.queue = output.queue_seconds
+                self._cached_tokens = output.cached_tokens
         if self.finish_reason is not None:
             self.timing.total = now
         self._news.set()
+
+    def again(self, suspects: Sequence[str]) -> AddRequest:
+        """The request for another engine, which goes on where this stream is."""
+        self._suspect = self._suspect or self.request_id in suspects
+        return msgspec.structs.replace(
+            self._request,
+            output_token_ids=self._token_ids,
+            elapsed_s=time.monotonic() - self._submitted,
+            suspect=self._suspect,
+        )
 
     def fail(self, error: EngineError) -> None:
         """End the stream by an error."""
@@ -122,11 +146,19 @@ class AsyncEngine:
     """A connection to the engine process, for one event loop.
 
     max_queue: requests that may wait beyond those that run; num_workers: connections of its kind,
-    of which each lets in its share of both.
+    of which each lets in its share of both. recovers: somebody starts the engine process again when
+    it dies; until it is ready, open streams wait, and then they go on as if nothing had happened.
+    Whoever gives that up calls fail().
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, address: str, *, max_queue: int, num_workers: int = 1
+        self,
+        tokenizer: Tokenizer,
+        address: str,
+        *,
+        max_queue: int,
+        num_workers: int = 1,
+        recovers: bool = False,
     ) -> None:
         """address: where the engine process listens, a ZeroMQ endpoint."""
         self.tokenizer = tokenizer
@@ -138,15 +170,11 @@ class AsyncEngine:
         self._streams: dict[str, Stream] = {}
         self._admission: Admission | None = None
         self._error: EngineError | None = None
+        self._recovers = recovers
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromCore)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._connection: Connection | None = None
+        self._running: asyncio.Task[None] | None = None
+        self.deaths = 0
 
     @property
     def alive(self) -> bool:
@@ -159,6 +187,14 @@ class AsyncEngine:
         return self._error
 
     @property
+    def unready(self) -> EngineError | None:
+        """Why a request would not be served now; None where it would."""
+        if self._error is None and self.ready is None:
+            again = " again after a crash" if self.deaths else ""
+            return EngineStarting(f"the model is still being loaded{again}; try again soon")
+        return self._error
+
+    @property
     def num_unfinished(self) -> int:
         """Streams that are open in this process."""
         return len(self._streams)
@@ -168,11 +204,8 @@ class AsyncEngine:
 
         exited: the engine process's exit status, None while it lives. Raises EngineStartError.
         """
-        self._socket.connect(self._address)
-        self._send(Hello())
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
+        self._running = asyncio.create_task(self._run())
+        self._running.add_done_callback(self._ended)
         while self.ready is None:
             if (status := exited()) is not None:
                 self.fail(EngineStartError(f"the engine process ended with status {status}"))
@@ -181,12 +214,18 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         return self.ready
 
-    def submit(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> Stream:
+    def submit(
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> Stream:
         """Start a request. Raises RequestError, QueueFull or EngineError."""
+        if self._admission is None or self.ready is None:
+            raise self.unready or EngineStarting("not started")
         if self._error is not None:
             raise self._error
-        if self._admission is None or self.ready is None:
-            raise EngineStarting("the model is still being loaded; try again soon")
         limit = -(-(self.ready.max_num_seqs + self._max_queue) // self._num_workers)
         if len(self._streams) >= limit:
             raise QueueFull(
@@ -196,7 +235,7 @@ class AsyncEngine:
             )
         if request_id in self._streams:
             raise ValueError(f"request id {request_id} is in use")
-        request = self._admission.admit(request_id, prompt, params)
+        request = self._admission.admit(request_id, prompt, params, options)
         stream = Stream(request, self.tokenizer, self._close_stream)
         self._streams[request_id] = stream
         self._send(request)
@@ -205,12 +244,9 @@ class AsyncEngine:
     async def close(self) -> None:
         """Hang up. Open streams fail."""
         self.fail(EngineDead("the engine was shut down"))
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.disable_monitor()
-        self._monitor.close()
-        self._socket.close()
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
         self._context.term()
 
     def fail(self, error: EngineError) -> None:
@@ -225,18 +261,54 @@ class AsyncEngine:
             self._send(AbortRequest(stream.request_id))
 
     def _send(self, message: ToCore) -> None:
-        self._socket.send(self._encoder.encode(message))
+        if self._connection is not None:
+            self._connection.send(message)
 
-    async def _receive(self) -> None:
+    async def _run(self) -> None:
+        """One connection after the other, each until the engine process dies."""
+        while self._error is None:
+            self._connection = connection = Connection(self._context, self._address)
+            self._send(Hello())
+            receiving = asyncio.create_task(self._receive(connection))
+            lost = asyncio.create_task(connection.lost())
+            try:
+                await asyncio.wait((receiving, lost), return_when=asyncio.FIRST_COMPLETED)
+                # The reader never ends by itself: if it has, it failed, and so does this.
+                await (receiving if receiving.done() else lost)
+            finally:
+                for task in (receiving, lost):
+                    task.cancel()
+                await asyncio.gather(receiving, lost, return_exceptions=True)
+                self._connection = None
+                connection.close()
+            if not self._recovers:
+                self.fail(EngineDead("the engine process died"))
+            # A dying process may still accept a connection: that is not another death.
+            self.deaths += self.ready is not None
+            self.ready = self._admission = None
+
+    async def _receive(self, connection: Connection) -> None:
         while True:
-            message = self._decoder.decode(await self._socket.recv())
+            message = await connection.receive()
             if isinstance(message, StepOutput):
                 self.stats = message.stats
                 for output in message.outputs:
                     self._deliver(output)
             else:
-                self.ready = message
-                self._admission = Admission(self.tokenizer, message)
+                self._welcome(message)
+
+    def _welcome(self, ready: EngineReady) -> None:
+        """An engine is ready: give it the streams that are open, but not what kills it."""
+        self.ready = ready
+        self._admission = Admission(self.tokenizer, ready)
+        for stream in list(self._streams.values()):
+            if stream.request_id in ready.poisoned:
+                del self._streams[stream.request_id]
+                stream.fail(
+                    PoisonedRequest("the engine died of this request, also when it ran alone")
+                )
+            else:
+                self._send(stream.again(ready.suspects))
 
     def _deliver(self, output: EngineOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -253,8 +325,3 @@ class AsyncEngine:
         if not task.cancelled() and (fault := task.exception()) is not None:
             logger.error("the connection to the engine broke", exc_info=fault)
             self.fail(EngineDead(f"the connection to the engine broke: {fault!r}"))
-
-    async def _watch(self) -> None:
-        """The system closes a dead process's connections at once."""
-        await recv_monitor_message(self._monitor)
-        self.fail(EngineDead("the engine process died"))

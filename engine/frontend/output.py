@@ -96,11 +96,17 @@ class OutputProcessor:
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
 
-    def process(self, output: EngineOutput) -> TokenDelta:
+    def process(self, output: EngineOutput) -> TokenDelta | None:
         """The delta of an output. Sets finish_reason with the last one.
+
+        None: the request timed out, without a token; text that waited, since it might have been
+        half a character or the beginning of a stop string, is not shown.
 
         A stop string ends the request here, before the core knows: the caller aborts it there.
         """
+        if output.token_id is None:
+            self.finish_reason = output.finish_reason
+            return None
         self.num_tokens += 1
         stopped = output.finish_reason is FinishReason.STOP and output.token_id in self._stop_ids
         text = "" if stopped else self._detokenizer.push(output.token_id)

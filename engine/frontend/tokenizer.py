@@ -41,12 +41,19 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    if missing_ok and not path.is_file():
+        return {}
     try:
-        config = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("pattern"), str):
+    return content if isinstance(content, dict) else {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    if not isinstance(config.get("pattern"), str):
         raise TokenizerError(f"{path}: needs a text `pattern`, the regular expression of the split")
     special = config.get("special_tokens", {})
     if not isinstance(special, dict) or not all(type(each) is int for each in special.values()):
@@ -86,6 +93,8 @@ class Tokenizer:
         """The tokenizer of a model directory. Raises TokenizerError, naming the file."""
         path = directory / RANKS_FILE
         if not path.is_file():
+            if "characters" in _read_json(directory / CONFIG_FILE, missing_ok=True):
+                return CharacterTokenizer.from_directory(directory)
             raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
         config = _read_config(directory / CONFIG_FILE)
         return cls(config["pattern"], _read_ranks(path), config.get("special_tokens", {}))
@@ -125,3 +134,45 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+
+class CharacterTokenizer(Tokenizer):
+    """An alphabet: each character is a token, as in nanoGPT's first examples."""
+
+    def __init__(self, characters: Sequence[str]) -> None:
+        """characters: by id. Raises TokenizerError where one is there twice, or is not one."""
+        self._id = {character: token_id for token_id, character in enumerate(characters)}
+        if len(self._id) != len(characters) or any(len(each) != 1 for each in characters):
+            raise TokenizerError("characters must be single ones, each there once")
+        try:
+            self._bytes = [character.encode("utf-8") for character in characters]
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"characters: {error}") from error
+        if not characters:
+            raise TokenizerError("characters must not be empty")
+        self.special_tokens = {}
+        self._ids = frozenset(range(len(characters)))
+        self.longest_token = max(map(len, self._bytes))
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """From `characters` in tokenizer_config.json. Raises TokenizerError, naming the file."""
+        path = directory / CONFIG_FILE
+        characters = _read_json(path).get("characters")
+        if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
+            raise TokenizerError(f"{path}: `characters` must be a list of texts")
+        return cls(characters)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. UnicodeEncodeError for a character that the alphabet lacks."""
+        for at, character in enumerate(text):
+            if character not in self._id:
+                reason = f"the model's alphabet of {len(self._id)} characters lacks it"
+                raise UnicodeEncodeError("alphabet", text, at, at + 1, reason)
+        return [self._id[character] for character in text]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token. KeyError where no token has the id."""
+        if token_id not in self._ids:
+            raise KeyError(token_id)
+        return self._bytes[token_id]

@@ -8,21 +8,34 @@ for each batch, and it is probed before it is used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import Activation
-from engine.model.gpt2 import GPT2, MLP
+from engine.model.gpt2 import GPT2, MLP, ActivationFunction
 
 PROBED_ROWS = (2, 3, 4, 5, 7, 8, 13, 16, 31, 33, 64, 100, 256, 383, 512)
 """Batch sizes in which a product must give the bits that it gives in the largest of them.
 
 No call has more rows than that: a library may change its ways with size, at sizes we cannot guess.
 """
+
+
+FUSED: Mapping[Activation | None, tuple[str, str]] = MappingProxyType(
+    {
+        None: ("none", "none"),
+        "gelu": ("gelu", "none"),
+        "gelu_tanh": ("gelu", "tanh"),
+        "relu": ("relu", "none"),
+        "relu2": ("relu", "none"),  # and then squared: IEEE 754 defines a product to the last bit
+    }
+)
+"""What of an activation oneDNN computes inside the product, and by which algorithm."""
 
 
 class Product(ABC):
@@ -44,8 +57,8 @@ class PackedProduct(Product):
         weight = linear.weight.detach()
         self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight)
         self._bias = None if linear.bias is None else linear.bias.detach()
-        self._fused = "none" if activation is None else "gelu"
-        self._algorithm = "tanh" if activation == "gelu_tanh" else "none"
+        self._fused, self._algorithm = FUSED[activation]
+        self._squared = activation == "relu2"
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
     @staticmethod
@@ -69,7 +82,7 @@ class PackedProduct(Product):
         out: Tensor = self._product(
             rows, self._packed, self._bias, self._fused, [], self._algorithm
         )
-        return out
+        return out.square_() if self._squared else out
 
 
 class TiledProduct(Product):
@@ -82,7 +95,7 @@ class TiledProduct(Product):
     def __init__(self, linear: nn.Linear, activation: Activation | None, tile_rows: int) -> None:
         self._weight = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
-        self._activation = activation
+        self._activation = None if activation is None else ActivationFunction(activation)
         self.tile_rows = tile_rows
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -92,8 +105,7 @@ class TiledProduct(Product):
         out = torch.cat([F.linear(tile, self._weight, self._bias) for tile in tiles])[: len(rows)]
         if self._activation is None:
             return out
-        approximate = "tanh" if self._activation == "gelu_tanh" else "none"
-        return torch.stack([F.gelu(row, approximate=approximate) for row in out])
+        return torch.stack([self._activation(row) for row in out])
 
 
 MakeProduct = Callable[[nn.Linear, Activation | None], Product]

@@ -115,35 +115,49 @@ def stored_dtypes(directory: Path) -> set[torch.dtype]:
     return found
 
 
-def half_split(weight: Tensor, config: ModelConfig) -> Tensor:
-    """Reorder the rotated rows of queries and keys from interleaved pairs to half split.
+def canonical_order(config: ModelConfig) -> Tensor:
+    """Where the engine's dimensions of a head stand in a stored one, int64 [head_dim].
 
-    weight: qkv's [3 * hidden_size, ...], rows as (q, k, v) x heads x head_dim. Row 2i of a head's
-    rotated part goes to i, row 2i + 1 to i + rotary_dim / 2; scores stay the same.
+    The engine rotates (i, i + rotary_dim / 2) by plus the angle. Interleaved pairs (2i, 2i + 1) are
+    put so; a pair rotated by minus the angle is the same pair, exchanged, rotated by plus it.
     """
     order = torch.arange(config.head_dim)
     rotated = order[: config.rotary_dim]
-    order[: config.rotary_dim] = torch.cat((rotated[0::2], rotated[1::2]))
-    heads = weight.view(3, config.num_heads, config.head_dim, *weight.shape[1:]).clone()
+    pairs = (rotated[0::2], rotated[1::2]) if config.pairing == "interleaved" else rotated.chunk(2)
+    order[: config.rotary_dim] = torch.cat(pairs if config.rope_sign == 1 else pairs[::-1])
+    return order
+
+
+def canonical(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """A stored tensor with queries and keys as the engine rotates them; scores stay the same.
+
+    config: what was stored. qkv is [3 * hidden_size, ...], rows as (q, k, v) x heads x head_dim.
+    """
+    if (config.pairing, config.rope_sign) == ("half", 1):
+        return tensor
+    order = canonical_order(config)
+    if ".qk_norm." in name:
+        return tensor[order]
+    if ".qkv." not in name:
+        return tensor
+    heads = tensor.view(3, config.num_heads, config.head_dim, *tensor.shape[1:]).clone()
     heads[:2] = heads[:2][:, :, order]
-    return heads.reshape(weight.shape)
+    return heads.reshape(tensor.shape)
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT2:
     """The model of a directory, in dtype, on device, ready to run. Raises CheckpointError."""
     stored = read_config(directory)
-    config = replace(stored, pairing="half")
+    config = replace(stored, pairing="half", rope_sign=1)
     with torch.device("meta"):
         model = GPT2(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_embeddings:
         del expected["head.weight"]
     tensors = _read_tensors(directory, expected)
-    if stored.pairing == "interleaved":
-        for name, tensor in tensors.items():
-            if ".qkv." in name:
-                tensors[name] = half_split(tensor, config)
-    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    tensors = {
+        name: canonical(name, tensor, stored).to(device, dtype) for name, tensor in tensors.items()
+    }
     model.load_state_dict(tensors, strict=not config.tie_embeddings, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight

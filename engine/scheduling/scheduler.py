@@ -8,8 +8,9 @@ max_num_batched_tokens over all requests. Chunked prefill, preemption and recove
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.messages import (
@@ -19,8 +20,9 @@ from engine.messages import (
     ScheduledRequest,
     SchedulerOutput,
 )
-from engine.request import FinishReason, Request, RequestStatus
+from engine.request import SINK_BLOCKS, FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.prefix_cache import CachedPage
 
 
 class Scheduler:
@@ -32,18 +34,24 @@ class Scheduler:
         pool: BlockPool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """clock: seconds; for the time that requests wait."""
+        """clock: seconds; for the time that requests wait, and their timeouts."""
         self.config = config
         self.pool = pool
         self._clock = clock
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []  # whose turn is next first
         self._running: list[Request] = []  # oldest first
         self._requests: dict[str, Request] = {}
+        self._suspects: list[Request] = []  # each is to run alone
         self._released: list[str] = []
+        self._deadlines: list[tuple[float, str]] = []  # soonest first
+        self._ended: list[EngineOutput] = []  # without a token, in this step
+        self._numbers = count()
         self._steps = 0
         self._preemptions = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -62,36 +70,53 @@ class Scheduler:
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            blocks_cached=self.pool.num_cached,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
         )
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Admission has made sure that it fits the cache when alone."""
+    def add(self, request: Request, elapsed_s: float = 0.0) -> None:
+        """Queue a request. Admission has made sure that it fits the cache when alone.
+
+        elapsed_s: how long ago it came.
+        """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id} is here already")
-        request.arrival = self._clock()
+        request.arrival = self._clock() - elapsed_s
+        advance = request.options.priority * self.config.priority_seconds
+        request.turn = (request.arrival - advance, next(self._numbers))
+        if (deadline := _deadline(request)) is not None:
+            insort(self._deadlines, deadline)
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_turn)
+        if request.suspect:
+            self._suspects.append(request)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its pages; one that has ended already is no error."""
         request = self._requests.get(request_id)
-        if request is None:
-            return
-        if request.status is RequestStatus.RUNNING:
-            self._running.remove(request)
-        else:
-            self._waiting.remove(request)
-        self._forget(request)
+        if request is not None:
+            self._forget(request)
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's tokens and give them pages.
 
         Streams that wait for their next token come before prompts, so that a long prompt takes what
-        they leave of the budget.
+        they leave of the budget. While there are suspects, each runs alone until its next token.
         """
         self._steps += 1
-        budget = self.config.max_num_batched_tokens
+        self._expire()
         scheduled: dict[str, ScheduledRequest] = {}
+        alone = bool(self._suspects) and self._try_alone(self._suspects[0], scheduled)
+        if not alone:
+            self._choose(scheduled)
+        released, self._released = self._released, []
+        chosen = list(scheduled.values())
+        return SchedulerOutput(chosen, released, sum(item.num_tokens for item in chosen), alone)
+
+    def _choose(self, scheduled: dict[str, ScheduledRequest]) -> None:
+        """An ordinary step: what runs, and then what may start."""
+        budget = self.config.max_num_batched_tokens
         num_running = len(self._running)
         for request in sorted(self._running, key=_num_uncomputed_beyond_one):
             if budget == 0:
@@ -101,22 +126,32 @@ class Scheduler:
             budget += self._make_room(request, scheduled)
             if request.status is RequestStatus.RUNNING:
                 budget -= self._take(request, budget, scheduled)
-        if len(self._running) == num_running:  # nothing was preempted: there may be room for more
-            self._admit(budget, scheduled)
-        released, self._released = self._released, []
-        chosen = list(scheduled.values())
-        return SchedulerOutput(chosen, released, sum(item.num_tokens for item in chosen))
+        if len(self._running) == num_running and not self._suspects:
+            self._admit(budget, scheduled)  # nothing was preempted: there may be room for more
+
+    def _try_alone(self, suspect: Request, scheduled: dict[str, ScheduledRequest]) -> bool:
+        """Compute nothing but a suspect. False: there is no room for it yet."""
+        if suspect.status is RequestStatus.WAITING:
+            if len(self._running) == self.config.max_num_seqs or not self._start(suspect):
+                return False
+        else:
+            self._make_room(suspect, scheduled)
+        if suspect.status is RequestStatus.RUNNING:
+            self._take(suspect, self.config.max_num_batched_tokens, scheduled)
+        return True
 
     def update(self, step: SchedulerOutput, sampled: Sequence[SampledToken]) -> list[EngineOutput]:
         """Take in what a step computed: `sampled` in the order of the scheduled that sample."""
-        outputs: list[EngineOutput] = []
+        outputs, self._ended = self._ended, []
         tokens = iter(sampled)
         for item in step.scheduled:
             request = item.request
             request.num_computed_tokens += item.num_tokens
+            self._remember(request)
             if not item.samples:
                 continue
             token = next(tokens)
+            self._acquit(request)
             index = request.num_output_tokens
             request.token_ids.append(token.token_id)
             self._output_tokens += 1
@@ -129,7 +164,6 @@ class Scheduler:
             elif request.num_output_tokens >= request.max_tokens:
                 request.finish_reason = FinishReason.LENGTH
             if request.finish_reason is not None:
-                self._running.remove(request)
                 self._forget(request)
             outputs.append(
                 EngineOutput(
@@ -139,44 +173,72 @@ class Scheduler:
                     request.finish_reason,
                     token.logprobs,
                     queue_seconds,
+                    request.num_cached_tokens if index == 0 else 0,
                 )
             )
         return outputs
 
     def _admit(self, budget: int, scheduled: dict[str, ScheduledRequest]) -> None:
-        """Start waiting requests, first come first served, while budget, rows and pages last.
+        """Start waiting requests in their turn while budget, rows and pages last.
 
         One starts only when all its known tokens have room, so that it is not preempted halfway
-        through its own prompt.
+        through its own prompt. One that may not be preempted starts only when everything that such
+        requests may ever hold fits the pool; until then others pass it, since they can be.
         """
-        while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
-            request = self._waiting[0]
-            if self._missing_blocks(request) > self.pool.num_free:
+        at = 0
+        pinned_fit = True
+        while at < len(self._waiting) and budget and len(self._running) < self.config.max_num_seqs:
+            request = self._waiting[at]
+            if self._must_pin(request):
+                pinned_fit = pinned_fit and self._quotas_fit(request)
+                if not pinned_fit:
+                    at += 1
+                    continue
+            if not self._start(request):
                 break
-            self._waiting.popleft()
-            self._running.append(request)
-            request.status = RequestStatus.RUNNING
-            if request.scheduled is None:
-                request.scheduled = self._clock()
-            self._grow(request)
             budget -= self._take(request, budget, scheduled)
 
+    def _start(self, request: Request) -> bool:
+        """Let a waiting request run, with the pages of all that is known of it, if there are so
+        many."""
+        pages = self._known_pages(request)
+        missing = self._missing_blocks(request) - len(pages)
+        if missing > self.pool.num_free_without(pages):
+            return False
+        request.pinned = self._must_pin(request)
+        if request.pinned and not self._quotas_fit(request):
+            return False
+        self._waiting.remove(request)
+        self._running.append(request)
+        request.status = RequestStatus.RUNNING
+        self._share(request, pages)
+        if request.scheduled is None:
+            request.scheduled = self._clock()
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self._prefix_queries += request.num_prompt_tokens
+            self._prefix_hits += request.num_cached_tokens
+        self._grow(request)
+        return True
+
     def _make_room(self, request: Request, scheduled: dict[str, ScheduledRequest]) -> int:
-        """Give a running request its pages, preempting the youngest while they are short.
+        """Give a running request its pages; while they are short, preempt the youngest of the
+        lowest priority.
 
         Returns the tokens of this step that preemption took back. The request itself may be the one
-        that is preempted. The oldest never is: alone it fits.
+        that is preempted. Somebody always remains: alone each fits, and the pinned fit together.
         """
+        self._shift(request)
         refund = 0
         while self._missing_blocks(request) > self.pool.num_free:
-            victim = self._running.pop()
+            victim = min((each for each in self._running if not each.pinned), key=_worth)
+            self._running.remove(victim)
             self._preemptions += 1
             victim.num_preemptions += 1
             victim.num_computed_tokens = 0
             victim.status = RequestStatus.WAITING
             self._release_blocks(victim)
             self._released.append(victim.request_id)
-            self._waiting.appendleft(victim)
+            insort(self._waiting, victim, key=_turn)
             if (item := scheduled.pop(victim.request_id, None)) is not None:
                 refund += item.num_tokens
             if victim is request:
@@ -187,30 +249,139 @@ class Scheduler:
     def _take(self, request: Request, budget: int, scheduled: dict[str, ScheduledRequest]) -> int:
         """Schedule as many of the request's tokens as the budget allows; returns how many."""
         start = request.num_computed_tokens
-        count = min(request.num_tokens - start, budget)
+        count = min(_reach(request) - start, budget)
         samples = start + count == request.num_tokens
-        scheduled[request.request_id] = ScheduledRequest(request, start, count, samples)
+        position = start - request.num_dropped_blocks * self.pool.block_size
+        scheduled[request.request_id] = ScheduledRequest(request, start, position, count, samples)
         return count
 
+    def _shift(self, request: Request) -> None:
+        """Drop the oldest page after the sinks, if the next token begins one too many.
+
+        The pages after it move forward by one: a base is lower, and no key is touched.
+        """
+        if request.window is None:
+            return
+        dropped = request.window.num_dropped_blocks(request.num_computed_tokens)
+        if dropped > request.num_dropped_blocks:
+            request.num_dropped_blocks += 1
+            self.pool.release([request.block_table.pop(SINK_BLOCKS)])
+            request.bases.pop()
+
     def _missing_blocks(self, request: Request) -> int:
-        return self.pool.blocks_for(request.num_tokens) - len(request.block_table)
+        held = request.num_dropped_blocks + len(request.block_table)
+        return self.pool.blocks_for(_reach(request)) - held
 
     def _grow(self, request: Request) -> None:
-        """Extend the block table over all known tokens; each base is where its block begins."""
+        """Extend the block table over what can be computed; each base is where its block begins."""
         for block_id in self.pool.allocate(self._missing_blocks(request)):
             request.bases.append(len(request.block_table) * self.pool.block_size)
             request.block_table.append(block_id)
 
+    def _expire(self) -> None:
+        """End every request whose time is up, whether it runs or waits."""
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = self._requests[self._deadlines[0][1]]
+            request.finish_reason = FinishReason.TIMEOUT
+            index = request.num_output_tokens
+            self._ended.append(EngineOutput(request.request_id, index, None, request.finish_reason))
+            self._forget(request)
+
+    def _must_pin(self, request: Request) -> bool:
+        """Whether it may not be preempted once it runs: what has shifted would have to be computed
+        from its first token on, and what was preempted often enough has its turn."""
+        return request.window is not None or request.num_preemptions >= self.config.max_preemptions
+
+    def _quota(self, request: Request) -> int:
+        """Pages that a request may come to hold."""
+        if request.window is not None:
+            return request.window.num_blocks
+        return self.pool.blocks_for(request.num_prompt_tokens + request.max_tokens - 1)
+
+    def _quotas_fit(self, request: Request) -> bool:
+        """Whether the pool could hold all pinned requests and this one at their longest.
+
+        Then a pinned request always gets its pages, if need be from those that can be preempted.
+        """
+        pinned = sum(self._quota(each) for each in self._running if each.pinned)
+        return pinned + self._quota(request) <= self.pool.num_blocks
+
+    def _known_pages(self, request: Request) -> list[CachedPage]:
+        """Cached pages of a request's beginning; never all of it, since its last token is what the
+        next one is computed from, and nothing behind which pages were dropped."""
+        max_blocks = (_reach(request) - 1) // self.pool.block_size
+        return self.pool.match(request.origin, request.token_ids, max_blocks)
+
+    def _share(self, request: Request, pages: list[CachedPage]) -> None:
+        """Begin a request's table with cached pages."""
+        request.block_table = self.pool.share(pages)
+        request.bases = [at * self.pool.block_size for at in range(len(pages))]
+        request.num_computed_tokens = len(pages) * self.pool.block_size
+        request.num_remembered_blocks = len(pages)
+        request.prefix = pages[-1].serial if pages else request.origin
+
+    def _remember(self, request: Request) -> None:
+        """Offer the pages that a request has filled to others, until it drops one: what comes
+        then depends on what was dropped as well."""
+        size = self.pool.block_size
+        while (
+            request.num_dropped_blocks == 0
+            and (request.num_remembered_blocks + 1) * size <= request.num_computed_tokens
+        ):
+            at = request.num_remembered_blocks
+            request.num_remembered_blocks += 1
+            if request.prefix is not None:
+                token_ids = request.token_ids[at * size : (at + 1) * size]
+                request.prefix = self.pool.remember(
+                    request.prefix, token_ids, request.block_table[at]
+                )
+
+    def _acquit(self, request: Request) -> None:
+        """It has come further than where an engine died, or it is gone."""
+        if request.suspect:
+            request.suspect = False
+            self._suspects.remove(request)
+
     def _release_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_table)
+        self.pool.release(reversed(request.block_table))
         request.block_table = []
         request.bases = []
 
     def _forget(self, request: Request) -> None:
+        """Take a request out, wherever it is."""
+        queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
+        queue.remove(request)
+        self._acquit(request)
+        if (deadline := _deadline(request)) is not None:
+            del self._deadlines[bisect_left(self._deadlines, deadline)]
         request.status = RequestStatus.FINISHED
         self._release_blocks(request)
         self._released.append(request.request_id)
         del self._requests[request.request_id]
+
+
+def _turn(request: Request) -> tuple[float, int]:
+    """Sort key of the queue: who came first, with what its priority is worth."""
+    return request.turn
+
+
+def _deadline(request: Request) -> tuple[float, str] | None:
+    """When its time is up, where it has a limit."""
+    timeout_s = request.options.timeout_s
+    return None if timeout_s is None else (request.arrival + timeout_s, request.request_id)
+
+
+def _worth(request: Request) -> tuple[int, int]:
+    """Sort key of victims: the youngest of the lowest priority is the least."""
+    return request.options.priority, -request.turn[1]
+
+
+def _reach(request: Request) -> int:
+    """The tokens that may be in the cache after this step: all, or up to where pages shift."""
+    if request.window is None:
+        return request.num_tokens
+    return min(request.num_tokens, request.window.chunk_end(request.num_computed_tokens))
 
 
 def _num_uncomputed_beyond_one(request: Request) -> bool:

@@ -43,7 +43,7 @@ router = APIRouter(tags=["generate"])
 )
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
     """Stream the tokens that follow a prompt; leaving early aborts the request."""
-    generation = service.generate(body.prompt, body.to_params())
+    generation = service.generate(body.prompt, body.to_params(), body.to_options())
     tokenizer = service.engine.tokenizer
     if body.stream:
         return EventStream(generation, tokenizer, service.settings.keep_alive_seconds)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import LLM, SamplingParams
+from engine import LLM, RequestOptions, SamplingParams
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.core import EngineCore, available_memory
 from engine.errors import ConfigError
@@ -318,3 +318,59 @@ def test_llm_leaving_a_stream_frees_pages(tiny_model_dir: Path) -> None:
     assert llm.stats.blocks_free < llm.stats.blocks_total
     stream.close()
     assert llm.stats.blocks_free == llm.stats.blocks_total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_the_prefix_cache(tiny_model_dir: Path, dtype: str) -> None:
+    """Uncached, partly cached, wholly cached, and shared while running: equal to the bit."""
+    rng = random.Random(5)
+    common = [rng.randrange(EOS) for _ in range(100)]
+    params = SamplingParams(seed=9, max_tokens=30, logprobs=3, ignore_eos=True)
+    requests = [
+        (str(at), common[: rng.randrange(1, 100)] + [rng.randrange(EOS)] * rng.randrange(3), params)
+        for at in range(12)
+    ]
+    requests.append(("12", common[:96], params))  # whole pages
+    requests.append(("13", common[:96], params))
+
+    def outcome(cores: list[EngineCore]) -> tuple[dict[str, object], int]:
+        tokens: dict[str, object] = {}
+        for at, (name, prompt, each) in enumerate(requests):
+            outputs = run(cores[at % len(cores)], {0: [(name, prompt, each)]})[name]
+            tokens[name] = [(output.token_id, output.logprobs) for output in outputs]
+        return tokens, sum(core.stats.prefix_hits for core in cores)
+
+    def make() -> EngineCore:
+        return EngineCore(
+            EngineConfig(
+                model_dir=str(tiny_model_dir),
+                device="cpu",
+                dtype=dtype,
+                cache=CacheConfig(block_size=16, kv_memory=60 * PAGE),
+                scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=48),
+            )
+        )
+
+    uncached, hits = outcome([make() for _ in requests])
+    assert hits == 0
+    cached, hits = outcome([make()])
+    assert hits > 300
+    assert cached == uncached
+    core = make()
+    together = run(core, {2 * at: [request] for at, request in enumerate(requests)})
+    assert {
+        name: [(output.token_id, output.logprobs) for output in outputs]
+        for name, outputs in together.items()
+    } == uncached
+    assert core.stats.prefix_hits > 0
+    assert together["13"][0].cached_tokens == 80
+    assert core.stats.blocks_free == core.stats.blocks_total
+
+
+def test_llm_counts_cached_tokens(tiny_model_dir: Path) -> None:
+    llm = LLM(tiny_model_dir, device="cpu", dtype="float32", block_size=16)
+    params = SamplingParams(max_tokens=1)
+    assert llm.generate([[1] * 40], params)[0].usage.cached_tokens == 0
+    assert llm.generate([[1] * 40], params)[0].usage.cached_tokens == 32
+    salted = llm.generate([[1] * 40], params, RequestOptions(cache_salt="mine"))
+    assert salted[0].usage.cached_tokens == 0

@@ -56,11 +56,21 @@ class FakeEngine:
         self.address = f"ipc://{directory / 'engine'}"
         self.exit_status: int | None = None
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket = self._new_socket()
         self._inbox: asyncio.Queue[ToCore] = asyncio.Queue()
         self._frontend = b""
         self._reading: asyncio.Task[None] | None = None
+
+    def _new_socket(self) -> zmq.asyncio.Socket:
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        return socket
+
+    def open(self) -> None:
+        """Be there again after die(), as another process."""
+        self.exit_status = None
+        self._socket = self._new_socket()
+        self.bind()
 
     def bind(self) -> None:
         """Be there; Hellos are answered by ready()."""
@@ -70,7 +80,15 @@ class FakeEngine:
     async def ready(self) -> None:
         """Wait for the frontend's Hello and answer it: the model is loaded."""
         await self.expect(Hello)
-        await self._send(READY)
+        await self.welcome(READY)
+
+    async def welcome(
+        self, ready: EngineReady, suspects: Iterable[str] = (), poisoned: Iterable[str] = ()
+    ) -> None:
+        """Answer a Hello."""
+        await self._send(
+            msgspec.structs.replace(ready, suspects=list(suspects), poisoned=list(poisoned))
+        )
 
     async def expect(self, kind: type[M], timeout: float = 2.0) -> M:
         """The next message, which must be of a kind."""

@@ -190,7 +190,19 @@ async def test_metrics(served: Served) -> None:
             await served.fake.say(request, [token_id], start=index, end=end)
             await asyncio.sleep(0.02)
         await response.aread()
-    stats = EngineStats(1, 2, 8, 3, 40, 5, 60, 70)
+    stats = EngineStats(
+        running=1,
+        waiting=2,
+        blocks_total=8,
+        blocks_free=3,
+        blocks_cached=4,
+        steps=40,
+        preemptions=5,
+        prompt_tokens=60,
+        output_tokens=70,
+        prefix_queries=60,
+        prefix_hits=20,
+    )
     await served.fake.step(stats=stats)
     await asyncio.sleep(0.05)
     response = await served.http.get("/metrics")
@@ -200,6 +212,9 @@ async def test_metrics(served: Served) -> None:
         "ropeway_num_requests_waiting 2.0",
         "ropeway_kv_blocks_used 5.0",
         "ropeway_kv_blocks_free 3.0",
+        "ropeway_kv_blocks_cached 4.0",
+        "ropeway_prefix_cache_queries_total 60.0",
+        "ropeway_prefix_cache_hits_total 20.0",
         "ropeway_preemptions_total 5.0",
         "ropeway_prompt_tokens_total 60.0",
         "ropeway_generation_tokens_total 70.0",

@@ -30,7 +30,13 @@ async def test_events_are_those_of_the_contract(served: Served) -> None:
     assert first.data["index"] == 0
     assert (done.id, done.event) == (None, "done")
     assert done.data["finish_reason"] == "length"
-    assert done.data["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert done.data["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 2,
+        "total_tokens": 4,
+        "cached_tokens": 0,
+        "dropped_tokens": 0,
+    }
     timing = done.data["timing"]
     assert timing["queue_s"] == 0.25
     assert 0 < timing["first_token_s"] <= timing["total_s"] < 5
@@ -50,7 +56,13 @@ async def test_json_has_the_same_content(served: Served) -> None:
         "text": "hi",
         "token_ids": [*b"hi", EOS],
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 3,
+            "total_tokens": 6,
+            "cached_tokens": 0,
+            "dropped_tokens": 0,
+        },
     }
     assert response.headers["x-request-id"] == request.request_id
 
@@ -94,15 +106,17 @@ async def test_every_sampling_field_arrives(served: Served) -> None:
         "max_tokens": 9,
         "ignore_eos": True,
         "logprobs": 0,
+        "priority": -3,
+        "timeout_s": 2.5,
+        "overflow": "truncate",
     }
     async with served.http.stream("POST", "/generate", json={"prompt": "a", "stop": "x", **fields}):
         request = await served.fake.expect(AddRequest)
     assert request.params.stop == ("x",)
     assert request.seed == 2**64 - 1
     for name, value in fields.items():
-        assert getattr(request.params, name) == (
-            tuple(value) if name == "stop_token_ids" else value
-        )
+        owner = request.options if name in ("priority", "timeout_s", "overflow") else request.params
+        assert getattr(owner, name) == (tuple(value) if name == "stop_token_ids" else value)
 
 
 async def test_never_half_a_character(served: Served) -> None:
@@ -132,3 +146,25 @@ async def test_silence_is_broken_by_comments(served: Served) -> None:
         await served.fake.say(request, b"b", end=FinishReason.LENGTH)
         rest = "".join([part async for part in parts])
     assert [event.event for event in parse_events(rest)] == ["token", "done"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_timeout_is_a_finish_reason(served: Served, stream: bool) -> None:
+    body = {"prompt": "a", "timeout_s": 0.5, "stream": stream}
+    asking = asyncio.create_task(served.http.post("/generate", json=body))
+    request = await served.fake.expect(AddRequest)
+    await served.fake.say(request, b"h")
+    await served.fake.step(EngineOutput(request.request_id, 1, None, FinishReason.TIMEOUT))
+    response = await asking
+    if stream:
+        token, done = parse_events(response.text)
+        assert token.data["text"] == "h"
+        assert done.event == "done"
+        answer = done.data
+    else:
+        answer = response.json()
+        assert answer["text"] == "h"
+        assert answer["token_ids"] == [ord("h")]
+    assert answer["finish_reason"] == "timeout"
+    assert answer["usage"]["completion_tokens"] == 1
+    assert 'outcome="timeout"} 1.0' in (await served.http.get("/metrics")).text

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.request import SamplingParams
+from engine.request import RequestOptions, SamplingParams
 from server.schemas import GenerateRequest
 
 SCHEMA = GenerateRequest.model_json_schema()["properties"]
-FIELDS = SamplingParams.__struct_fields__
+OPTIONS = [name for name in RequestOptions.__struct_fields__ if name != "cache_salt"]
+FIELDS = [*SamplingParams.__struct_fields__, *OPTIONS]
 
 
 def test_the_body_has_every_field_and_default() -> None:
     assert set(SCHEMA) == {"prompt", "stream", *FIELDS}
     assert GenerateRequest(prompt="a").to_params() == SamplingParams()
+    assert GenerateRequest(prompt="a").to_options() == RequestOptions()
     nulls = {"stop": None, "seed": None, "max_tokens": None, "logprobs": None}
     assert GenerateRequest(prompt="a", **nulls).to_params() == SamplingParams()
     assert all(SCHEMA[name].get("description") for name in SCHEMA)
@@ -32,13 +34,14 @@ def test_documented_bounds_are_the_enforced_ones(name: str) -> None:
     else:
         beyond.append(schema["exclusiveMinimum"])
         inside.append(schema["exclusiveMinimum"] + 1e-9)
+    kind = RequestOptions if name in OPTIONS else SamplingParams
     for value in inside:
-        SamplingParams(**{name: value})
+        kind(**{name: value})
     for value in beyond:
         with pytest.raises(InvalidRequest, match=name):
-            SamplingParams(**{name: value})
+            kind(**{name: value})
 
 
 def test_numeric_fields_document_their_bounds() -> None:
-    free = {"stop", "stop_token_ids", "ignore_eos"}
+    free = {"stop", "stop_token_ids", "ignore_eos", "overflow"}
     assert {name for name in FIELDS if "maximum" not in SCHEMA[name]} == free

@@ -206,7 +206,7 @@ async def test_what_drains_for_too_long_ends_by_an_error(tiny_model_dir: Path) -
 
 
 async def test_a_dead_engine_ends_streams_by_an_error_and_the_server(tiny_model_dir: Path) -> None:
-    with serve(tiny_model_dir) as server:
+    with serve(tiny_model_dir, "--max-restarts", "0") as server:
         (engine,) = server.children()
         async with (
             server.client() as client,

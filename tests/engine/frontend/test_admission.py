@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ContextOverflow, InvalidRequest
-from engine.frontend.admission import Admission
+from engine.frontend.admission import Admission, Usage
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import EngineReady
-from engine.request import SamplingParams
+from engine.messages import AddRequest, EngineReady
+from engine.request import Overflow, RequestOptions, SamplingParams, Window
 from tests.models import EOS
 
 
@@ -67,8 +67,14 @@ def test_prompt_as_long_as_the_context_gives_one_token(tiny_model_dir: Path) -> 
         ),
         ([1, EOS + 1], None, 100, InvalidRequest, r"prompt\[1\] is 268; .* ids 0 to 267"),
         ([-1], None, 100, InvalidRequest, r"prompt\[0\] is -1"),
-        ([1] * 193, None, 100, ContextOverflow, "193 tokens; the context is 192"),
-        ("a" * 10_000, None, 100, ContextOverflow, "10000 characters; the context of 192"),
+        ([1] * 193, None, 100, ContextOverflow, "193 tokens; the context takes 192"),
+        (
+            "a" * 10_000,
+            None,
+            100,
+            ContextOverflow,
+            "10000 characters; the context takes 192 tokens",
+        ),
         ([1] * 100, 94, 100, ContextOverflow, "context of 192 tokens; .* can be at most 93"),
         ([1] * 100, None, 5, ContextOverflow, "cache of 80 tokens; max_tokens can be at most 0"),
         ([1] * 10, 100, 5, ContextOverflow, "cache of 80 tokens; max_tokens can be at most 71"),
@@ -86,3 +92,70 @@ def test_refused(
         admission(tiny_model_dir, num_blocks).admit(
             "r", prompt, SamplingParams(max_tokens=max_tokens)
         )
+
+
+def test_truncate_keeps_the_end(tiny_model_dir: Path) -> None:
+    options = RequestOptions(overflow="truncate")
+    prompt = [at % 200 for at in range(1000)]
+    request = admission(tiny_model_dir).admit("r", prompt, SamplingParams(max_tokens=50), options)
+    assert request.prompt_token_ids == prompt[-143:]
+    assert request.max_tokens == 50
+    assert Usage.of(request, 50, 0) == Usage(143, 50, 0, 857)
+    fits = admission(tiny_model_dir).admit("r", [1, 2], SamplingParams(), options)
+    assert (fits.prompt_token_ids, fits.max_tokens, fits.truncated_tokens) == ([1, 2], 191, 0)
+    small = admission(tiny_model_dir, num_blocks=5)
+    assert (
+        len(small.admit("r", prompt, SamplingParams(max_tokens=1), options).prompt_token_ids) == 80
+    )
+
+
+@pytest.mark.parametrize(
+    ("overflow", "num_tokens", "max_tokens", "num_blocks", "error", "message"),
+    [
+        ("truncate", 193, None, 100, InvalidRequest, "max_tokens must be given .*193.* of 192"),
+        ("truncate", 10, 193, 100, ContextOverflow, "at most 192 .*, got 193"),
+        ("truncate", 192 * 64 + 1, 1, 100, ContextOverflow, "12289 tokens; .* takes 12288"),
+        ("shift", 192 * 64 + 1, 1, 100, ContextOverflow, "12289 tokens; .* takes 12288"),
+        ("shift", 192, 2, 11, ContextOverflow, "needs 12 pages of 16 .* has 12, the cache 11"),
+    ],
+)
+def test_refused_although_it_may_overflow(
+    tiny_model_dir: Path,
+    overflow: Overflow,
+    num_tokens: int,
+    max_tokens: int | None,
+    num_blocks: int,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        admission(tiny_model_dir, num_blocks).admit(
+            "r",
+            [1] * num_tokens,
+            SamplingParams(max_tokens=max_tokens),
+            RequestOptions(overflow=overflow),
+        )
+
+
+def test_shift_only_where_it_must(tiny_model_dir: Path) -> None:
+    def admit(num_tokens: int, max_tokens: int | None) -> AddRequest:
+        return admission(tiny_model_dir).admit(
+            "r",
+            [1] * num_tokens,
+            SamplingParams(max_tokens=max_tokens),
+            RequestOptions(overflow="shift"),
+        )
+
+    assert admit(100, 93).window is None
+    endless = admit(100, None)
+    assert (endless.window, endless.max_tokens) == (Window(16, 12), 2**31 - 1)
+    long = admit(300, 1)
+    assert long.window == Window(16, 12)
+    assert len(long.prompt_token_ids) == 300
+    assert Usage.of(long, 1, 0).dropped_tokens == 7 * 16  # of 19 pages, 12 are left
+
+
+def test_what_a_token_sees_is_a_function_of_its_index() -> None:
+    window = Window(4, 3)
+    assert [window.num_dropped_blocks(at) for at in range(20)] == [0] * 12 + [1] * 4 + [2] * 4
+    assert [window.chunk_end(at) for at in (0, 5, 11, 12, 15, 16)] == [12, 12, 12, 16, 16, 20]

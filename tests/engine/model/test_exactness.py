@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.model.attention.select import select_backend
 from engine.model.gpt2 import GPT2
 from engine.model.linear import pack
 from tests.engine.model.attention.steps import (
@@ -66,3 +67,48 @@ def test_logits_do_not_depend_on_how_the_work_is_cut(
     torch.set_num_threads(threads)
     actual = _logits(model, make_backend, dtype, PLANS[plan])
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+SWITCHES: dict[str, dict[str, object]] = {
+    "parallel": {"parallel_residual": True, "head_bias": True, "tie_embeddings": False},
+    "modded": {
+        "norm": "rmsnorm",
+        "norm_weight": False,
+        "qk_norm": "before",
+        "activation": "relu2",
+        "bias": False,
+    },
+    "weighted": {
+        "norm": "rmsnorm",
+        "qk_norm": "before",
+        "qk_norm_weight": True,
+        "activation": "relu",
+        "attention_bias": False,
+    },
+    "bare": {"norm_weight": False, "mlp_bias": False, "activation": "gelu_tanh"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize(("plan", "threads"), [("chunks", 3), ("in company", 2)])
+def test_with_every_switch(switches: str, dtype: torch.dtype, plan: str, threads: int) -> None:
+    model = random_model(tiny_config(**SWITCHES[switches])).to(dtype)
+    pack(model)
+    expected = _logits(model, select_backend, dtype, [[(0, 0, 150), (1, 0, 9)]])
+    torch.set_num_threads(threads)
+    actual = _logits(model, select_backend, dtype, PLANS[plan])
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 100, 768])
+def test_a_row_of_an_rms_norm_does_not_depend_on_the_batch(width: int, dtype: torch.dtype) -> None:
+    norm = torch.nn.RMSNorm(width, 1e-5).to(dtype)
+    rows = torch.randn(511, 5, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = norm(rows)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for count in (1, 2, 3, 7, 16, 33, 64, 100, 511):
+            start = (len(rows) - count) // 3
+            assert torch.equal(norm(rows[start : start + count]), whole[start : start + count])

@@ -64,7 +64,7 @@ def _assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu", "relu2"])
 def test_computes_what_torch_computes(
     make_product: MakeProduct, activation: Activation | None, bias: bool, dtype: torch.dtype
 ) -> None:
@@ -72,7 +72,12 @@ def test_computes_what_torch_computes(
     rows = torch.randn(5, 64).to(dtype)
     expected = copy.deepcopy(linear).double()(rows.double())
     if activation is not None:
-        expected = F.gelu(expected, approximate="tanh" if activation == "gelu_tanh" else "none")
+        expected = {
+            "gelu": F.gelu,
+            "gelu_tanh": partial(F.gelu, approximate="tanh"),
+            "relu": F.relu,
+            "relu2": lambda x: F.relu(x) ** 2,
+        }[activation](expected)
     product = make_product(linear, activation)
     _assert_close(product(rows), expected)
     assert torch.equal(product(rows[:1]), product(rows)[:1])
@@ -80,7 +85,7 @@ def test_computes_what_torch_computes(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("activation", [None, "gelu", "relu2"])
 def test_a_row_does_not_depend_on_the_batch(
     shape: tuple[int, int], activation: Activation | None, dtype: torch.dtype
 ) -> None:
@@ -125,7 +130,7 @@ def test_a_product_that_fails_the_trial_is_not_chosen(monkeypatch: pytest.Monkey
     assert product.tile_rows == 1
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2"])
 def test_a_packed_model_computes_the_same(activation: Activation) -> None:
     model = random_model(tiny_config(activation=activation))
     attention = NaiveAttention(RotaryTable.for_model(model.config), model.config.num_heads)

@@ -48,6 +48,44 @@ def test_loads_what_was_saved(tmp_path: Path, tie: bool, bias: bool) -> None:
     assert torch.equal(logits(tmp_path), model.logits(model(TOKENS, attention)))
 
 
+@pytest.mark.parametrize("qk_norm_weight", [False, True])
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("rope_sign", [1, -1])
+def test_rotations_as_stored(
+    tmp_path: Path, pairing: str, rope_sign: int, qk_norm_weight: bool
+) -> None:
+    """A model as its trainer would run it: its own pairs, its own sign, nothing permuted."""
+    changes = {"qk_norm": "before", "qk_norm_weight": True} if qk_norm_weight else {}
+    config = tiny_config(pairing=pairing, rope_sign=rope_sign, **changes)
+    model = write_model(tmp_path, config)
+
+    def attention(layer: int, qkv: Tensor) -> Tensor:
+        time, dim = len(qkv), config.head_dim
+        query, key, value = qkv.view(time, 3, config.num_heads, dim).permute(1, 2, 0, 3)
+        frequencies = 10_000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+        angles = rope_sign * torch.outer(torch.arange(time, dtype=torch.float64), frequencies)
+        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+        def rotated(x: Tensor) -> Tensor:
+            pair = slice(0, 16, 2), slice(1, 16, 2)
+            if pairing == "half":
+                pair = slice(0, 8), slice(8, 16)
+            out = x.clone()
+            turned = (
+                torch.complex(x[..., pair[0]].contiguous(), x[..., pair[1]].contiguous()) * turn
+            )
+            out[..., pair[0]], out[..., pair[1]] = turned.real, turned.imag
+            return out
+
+        scores = rotated(query) @ rotated(key).transpose(1, 2) / dim**0.5
+        future = torch.ones(time, time, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        return (weights @ value).transpose(0, 1).reshape(time, -1)
+
+    expected = model.logits(model(TOKENS, attention))
+    torch.testing.assert_close(logits(tmp_path), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_interleaved_pairs_are_the_same_model(tmp_path: Path) -> None:
     write_model(tmp_path, tiny_config())
     expected = logits(tmp_path)
@@ -128,7 +166,15 @@ def test_bad_tensors(
         ({"rotary_dim": 34}, "got 34"),
         ({"num_heads": 3}, r"hidden_size must be a multiple of num_heads \(3\), got 64"),
         ({"pairing": "both"}, "pairing must be one of half, interleaved; got 'both'"),
-        ({"activation": "relu"}, "activation must be one of gelu, gelu_tanh"),
+        ({"activation": "swish"}, "activation must be one of gelu, gelu_tanh, relu, relu2"),
+        ({"norm": "batch"}, "norm must be one of layernorm, rmsnorm"),
+        ({"norm": "rmsnorm", "norm_bias": True}, "norm_bias must not be true"),
+        ({"rope_sign": 0}, "rope_sign must be 1 or -1, got 0"),
+        ({"mlp_bias": 1}, "mlp_bias must be true, false or null, got 1"),
+        (
+            {"qk_norm": "after", "qk_norm_weight": True},
+            "qk_norm_weight must be false with qk_norm 'after': .* distance alone",
+        ),
         ({"vocab_size": 1000}, "padded_vocab_size must be at least 1000, got 288"),
         ({"rope_base": 0.5}, "rope_base must be greater than 1"),
         ({"bias": 1}, "bias must be true or false, got 1"),

@@ -1,0 +1,31 @@
+"""`engine.core`, but one token in a prompt kills the process at the third token of the output."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from engine import core
+from engine.execution.runner import ModelRunner
+from engine.messages import SampledToken, SchedulerOutput
+
+POISON = 13
+HARMLESS_TOKENS = 2
+
+
+class MortalRunner(ModelRunner):
+    """Dies as by a fault in a kernel: at once, with whatever else is computed."""
+
+    def execute(self, step: SchedulerOutput) -> list[SampledToken]:
+        for item in step.scheduled:
+            request = item.request
+            poisoned = POISON in request.token_ids[: request.num_prompt_tokens]
+            if poisoned and request.num_output_tokens >= HARMLESS_TOKENS:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().execute(step)
+
+
+if __name__ == "__main__":
+    core.ModelRunner = MortalRunner  # type: ignore[misc]  # on purpose
+    sys.exit(core.main())

@@ -1,0 +1,230 @@
+"""Scheduler and pool through random lives: arrivals, aborts, timeouts, priorities, shared prefixes,
+shifts, suspects and tiny pools. What the pages hold is played along, token by token."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from engine.config import SchedulerConfig
+from engine.messages import SampledToken, SchedulerOutput
+from engine.request import (
+    SINK_BLOCKS,
+    FinishReason,
+    Request,
+    RequestOptions,
+    RequestStatus,
+    SamplingParams,
+    Window,
+)
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.scheduler import Scheduler
+
+SIZE = 4
+WINDOW = Window(SIZE, 3)
+MAX_PREEMPTIONS = 2
+
+
+class Lives(RuleBasedStateMachine):
+    """One scheduler, from its first request to its last."""
+
+    @initialize(
+        num_blocks=st.integers(3, 14), max_num_seqs=st.integers(1, 5), extra=st.integers(0, 12)
+    )
+    def begin(self, num_blocks: int, max_num_seqs: int, extra: int) -> None:
+        self.now = 0.0
+        self.pool = BlockPool(num_blocks, SIZE)
+        config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + extra,
+            max_preemptions=MAX_PREEMPTIONS,
+        )
+        self.scheduler = Scheduler(config, self.pool, lambda: self.now)
+        self.alive: dict[str, Request] = {}
+        self.seen: dict[str, list[int]] = {}
+        self.content: dict[tuple[int, int], object] = {}  # (block, offset) -> what was computed
+        self.count = 0
+
+    @rule(
+        shared=st.integers(0, 12),
+        own=st.integers(1, 12),
+        max_tokens=st.integers(1, 30),
+        priority=st.sampled_from([0, 0, 0, 1, -2, 9]),
+        timeout_s=st.sampled_from([None, None, 3.0, 30.0]),
+        salt=st.sampled_from(["", "", "x"]),
+        shift=st.booleans(),
+        suspect=st.sampled_from([False] * 5 + [True]),
+        done=st.integers(0, 5),
+    )
+    def add(
+        self,
+        shared: int,
+        own: int,
+        max_tokens: int,
+        priority: int,
+        timeout_s: float | None,
+        salt: str,
+        shift: bool,
+        suspect: bool,
+        done: int,
+    ) -> None:
+        """done: tokens that it had in an earlier engine."""
+        capacity = self.pool.num_blocks * SIZE
+        prompt = [*range(shared), *[100 + self.count % 3] * own]
+        if not shift:
+            prompt = prompt[:capacity]
+            max_tokens = min(max_tokens, capacity + 1 - len(prompt))
+        self.count += 1
+        done = min(done, max_tokens - 1)
+        request = Request(
+            f"r{self.count}",
+            prompt,
+            SamplingParams(),
+            seed=0,
+            max_tokens=max_tokens,
+            stop_token_ids=frozenset(),
+            options=RequestOptions(priority=priority, timeout_s=timeout_s, cache_salt=salt),
+            window=WINDOW if shift else None,
+            output_token_ids=[7] * done,
+            suspect=suspect,
+        )
+        self.scheduler.add(request, elapsed_s=0.5 * done)
+        self.alive[request.request_id] = request
+        self.seen[request.request_id] = list(range(done))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.alive)))
+        self.scheduler.abort(name)
+        del self.alive[name]
+        self.check()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(times=st.integers(1, 6))
+    def steps(self, times: int) -> None:
+        for _ in range(times):
+            self.step()
+
+    def step(self) -> None:
+        scheduler, preemptions = self.scheduler, self.scheduler.stats.preemptions
+        shifted = [each for each in self.alive.values() if each.num_dropped_blocks]
+        output = scheduler.schedule()
+        assert output.num_tokens <= scheduler.config.max_num_batched_tokens
+        assert scheduler.stats.running <= scheduler.config.max_num_seqs
+        for each in shifted:
+            assert each.status is not RequestStatus.WAITING, "a shifted request was preempted"
+        if scheduler.stats.preemptions == preemptions:
+            self.check_nobody_waits_in_vain(output)
+        self.compute(output)
+        sampled = [SampledToken(7) for item in output.scheduled if item.samples]
+        for one in scheduler.update(output, sampled):
+            request = self.alive[one.request_id]
+            if one.token_id is None:
+                assert one.finish_reason is FinishReason.TIMEOUT
+                assert one.index == len(self.seen[one.request_id])
+            else:
+                self.seen[one.request_id].append(one.index)
+            if one.finish_reason is not None:
+                del self.alive[one.request_id]
+                if one.finish_reason is FinishReason.LENGTH:
+                    assert len(self.seen[one.request_id]) == request.max_tokens
+            assert self.seen[one.request_id] == list(range(len(self.seen[one.request_id])))
+        for each in self.alive.values():
+            timeout_s = each.options.timeout_s
+            assert timeout_s is None or each.arrival + timeout_s > self.now
+        self.check()
+
+    def compute(self, output: SchedulerOutput) -> None:
+        """Play the model: write what every row leaves, then read what it sees."""
+        for item in output.scheduled:
+            assert item.start == item.request.num_computed_tokens
+            for step in range(item.num_tokens):
+                index, place = item.start + step, item.position + step
+                slot = (item.request.block_table[place // SIZE], place % SIZE)
+                self.content[slot] = what(item.request, index)
+        for item in output.scheduled:
+            request = item.request
+            shift = request.num_dropped_blocks
+            assert request.bases == [at * SIZE for at in range(len(request.block_table))]
+            for index in range(item.start + item.num_tokens):
+                if SINK_BLOCKS <= index // SIZE < SINK_BLOCKS + shift:  # dropped
+                    continue
+                page = index // SIZE if index // SIZE < SINK_BLOCKS else index // SIZE - shift
+                slot = (request.block_table[page], index % SIZE)
+                assert self.content[slot] == what(request, index), "a page holds something else"
+
+    def check_nobody_waits_in_vain(self, output: SchedulerOutput) -> None:
+        """Whoever is first in the queue lacks pages, a row, budget or, pinned, its quota."""
+        config = self.scheduler.config
+        if output.alone or any(each.suspect for each in self.alive.values()):
+            return
+        if output.num_tokens == config.max_num_batched_tokens:
+            return
+        if self.scheduler.stats.running == config.max_num_seqs:
+            return
+        assert output.scheduled or not self.scheduler.has_unfinished
+        quota_fits = True
+        for request in self.scheduler._waiting:
+            if self.scheduler._must_pin(request):
+                quota_fits = quota_fits and self.scheduler._quotas_fit(request)
+                if not quota_fits:  # others may pass
+                    continue
+            pages = self.scheduler._known_pages(request)
+            missing = self.scheduler._missing_blocks(request) - len(pages)
+            assert missing > self.pool.num_free_without(pages)
+            return
+
+    def check(self) -> None:
+        """Every block is free or held, exactly as the tables say; nobody holds more than needed."""
+        held = Counter(block for each in self.alive.values() for block in each.block_table)
+        for block in range(self.pool.num_blocks):
+            assert self.pool.references(block) == held[block]
+        assert self.pool.num_free == self.pool.num_blocks - len(held)
+        assert self.pool.num_cached <= self.pool.num_blocks
+        pinned = 0
+        for each in self.alive.values():
+            assert len(set(each.block_table)) == len(each.block_table)
+            assert each.num_preemptions <= MAX_PREEMPTIONS
+            if each.status is RequestStatus.WAITING:
+                assert each.block_table == []
+                assert each.num_computed_tokens == 0
+                continue
+            held_tokens = (len(each.block_table) + each.num_dropped_blocks) * SIZE
+            assert each.num_computed_tokens <= held_tokens
+            assert held_tokens < each.num_tokens + SIZE
+            if each.window is not None:
+                assert len(each.block_table) <= WINDOW.num_blocks
+            pinned += self.scheduler._quota(each) if each.pinned else 0
+        assert pinned <= self.pool.num_blocks
+
+    def teardown(self) -> None:
+        """Everything ends, and nothing is left."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(3000):
+            if not self.alive:
+                break
+            self.step()
+        assert not self.alive
+        assert not self.scheduler.has_unfinished
+        assert self.pool.num_free == self.pool.num_blocks
+        assert self.scheduler._deadlines == []
+        assert self.scheduler._suspects == []
+
+
+def what(request: Request, index: int) -> object:
+    """What the page of a token must hold: all that its keys and values depend on."""
+    known = (request.origin, tuple(request.token_ids[: index + 1]))
+    dropped = 0 if request.window is None else request.window.num_dropped_blocks(index)
+    return (known, dropped)
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

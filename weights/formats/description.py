@@ -1,0 +1,374 @@
+"""What a checkpoint says of itself: its format, its settings, and what it leaves open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
+from typing import Any, get_args
+
+import torch
+
+from engine.config import ModelConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.model.gpt2 import GPT2
+from weights.formats.known import FORMATS, UNSUPPORTED, UNSUPPORTED_CODE
+from weights.formats.rotation import from_frequencies
+from weights.formats.table import MODULES, ROPE_FIELDS, Format, Layout, Setting
+from weights.source import DTYPES, Source, StoredTensor
+
+LAYOUT = "qkv_layout"
+"""The one declaration that is no field of ModelConfig."""
+
+
+@dataclass
+class Description:
+    """known: settings by field of ModelConfig, and qkv_layout; why: where each was found.
+
+    parts: tensor of ours -> the stored tensors that make it; opened: fields that nothing says.
+    """
+
+    source: Source
+    format: Format
+    parts: dict[str, list[StoredTensor]]
+    num_layers: int
+    known: dict[str, Any] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    def note(self, name: str, value: Any, why: str) -> None:
+        """Write a setting down, unless it is known."""
+        if value is not None and name not in self.known:
+            self.known[name], self.why[name] = value, why
+
+    @property
+    def opened(self) -> list[str]:
+        """What shapes cannot tell and the files do not say."""
+        names = (*ROPE_FIELDS, LAYOUT, "norm")
+        return [name for name in names if name not in self.known]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        width: int = self.known["hidden_size"] // self.known["num_heads"]
+        return width
+
+    def config(self, chosen: Mapping[str, Any] | None = None) -> ModelConfig:
+        """The ModelConfig of what is known, and of what was chosen for what is open."""
+        names = {each.name for each in fields(ModelConfig)}
+        values = {k: v for k, v in (self.known | dict(chosen or {})).items() if k in names}
+        try:
+            return ModelConfig.from_dict(values)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.source.path}: {error}") from error
+
+
+def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Description:
+    """Recognise a checkpoint and gather what it says.
+
+    declared: what the user says; it counts before all else. Raises CheckpointError, naming the
+    tensor or setting, for what is not supported, missing or too much.
+    """
+    _refuse(source)
+    chosen, tensors = _recognise(source)
+    description = _sort(source, chosen, tensors)
+    for name, value in (declared or {}).items():
+        description.note(name, value, "declared")
+    _check_limits(source, chosen)
+    for name, setting in chosen.settings.items():
+        value, key = _look_up(source, setting)
+        description.note(name, value, f"{source.settings_file}: {key}" if key else "the default")
+    for name, value in chosen.fixed.items():
+        description.note(name, value, "the architecture")
+    if heads := re.search(r"\bn_head\s*:\s*int\s*=\s*(\d+)", source.code):
+        description.note("num_heads", int(heads[1]), "the trainer's code in the file")
+    if chosen.complete_with in source.settings:
+        for each in fields(ModelConfig):
+            if each.default is not MISSING:
+                description.note(each.name, each.default, "the default")
+    _from_shapes(description)
+    _check_types(description)
+    _from_tensors(description)
+    _from_frequencies(description)
+    _settle_rotation(description)
+    if chosen.layout is not None or "norm.bias" in description.parts:
+        description.note("norm", "layernorm", "the architecture")
+    if chosen.layout is not None:
+        description.note(LAYOUT, chosen.layout, "the architecture")
+    elif len(description.parts["blocks.0.qkv.weight"]) == 3:
+        description.note(LAYOUT, "stacked", "q, k and v are apart")
+    if description.known.get(LAYOUT) not in (None, *get_args(Layout)):
+        raise CheckpointError(
+            f"{LAYOUT} must be one of {', '.join(get_args(Layout))}; "
+            f"got {description.known[LAYOUT]!r}"
+        )
+    _check_shapes(description)
+    return description
+
+
+def _refuse(source: Source) -> None:
+    for pattern, reason in UNSUPPORTED.items():
+        for name, tensor in source.tensors.items():
+            if re.fullmatch(pattern, name):
+                raise CheckpointError(f"{tensor.file}: tensor {name}: {reason}")
+    for pattern, reason in UNSUPPORTED_CODE.items():
+        if match := re.search(pattern, source.code):
+            raise CheckpointError(f"{source.path}: {match[0]!r} in the code in it: {reason}")
+
+
+def _recognise(source: Source) -> tuple[Format, dict[str, StoredTensor]]:
+    """The format, and the tensors under the names that its table has."""
+    for each in FORMATS:
+        head, base = each.modules["head"], str(each.modules["embedding"]).partition(".")[0] + "."
+        tensors = source.tensors
+        if not any(name.startswith(base) for name in tensors) and base != "embedding.":
+            tensors = {
+                name if name.startswith(f"{head}.") else base + name: tensor
+                for name, tensor in tensors.items()
+            }
+        if not all(any(re.fullmatch(mark, name) for name in tensors) for mark in each.marks):
+            continue
+        up = tensors.get(str(each.modules["mlp.up"]).format(0) + ".weight")
+        width = tensors.get(f"{each.modules['embedding']}.weight")
+        if up is None or width is None or len(up.shape) != 2 or len(width.shape) != 2:
+            continue
+        inner = 0 if "mlp.up" in each.transposed else 1
+        if up.shape[inner] == width.shape[1]:
+            return each, tensors
+    some = ", ".join(list(source.tensors)[:4])
+    raise CheckpointError(
+        f"{source.path}: no known format has these tensors ({some}, ...); known: "
+        f"{', '.join(each.name for each in FORMATS)}"
+    )
+
+
+def _sort(source: Source, chosen: Format, tensors: dict[str, StoredTensor]) -> Description:
+    """Which stored tensors make which of ours; everything must have its place."""
+    qkv = chosen.modules["qkv"]
+    first = (qkv if isinstance(qkv, str) else qkv[0]).replace("{}", r"(\d+)") + r"\.weight"
+    found = (re.fullmatch(first, name) for name in tensors)
+    layers = {int(match[1]) for match in found if match}
+    if layers != set(range(len(layers))):
+        raise CheckpointError(f"{source.path}: layers {sorted(layers)} are not consecutive")
+    parts: dict[str, list[StoredTensor]] = {}
+    left = dict(tensors)
+    for module, theirs in chosen.modules.items():
+        places = [("", None)] if module in MODULES else [("blocks.{}.", i) for i in sorted(layers)]
+        for prefix, layer in places:
+            for kind in ("weight", "bias"):
+                names = [
+                    f"{each.format(layer)}.{kind}"
+                    for each in ((theirs,) if isinstance(theirs, str) else theirs)
+                ]
+                there = [tensors[name] for name in names if name in tensors]
+                if there and len(there) != len(names):
+                    gone = next(name for name in names if name not in tensors)
+                    raise CheckpointError(f"{source.path}: tensor {gone} is missing")
+                if there:
+                    parts[f"{prefix.format(layer)}{module}.{kind}"] = there
+                for name in names:
+                    left.pop(name, None)
+    ignored = (*chosen.ignored, r".*\b(inv_)?freqs?")
+    for name, tensor in left.items():
+        if not any(re.fullmatch(pattern, name) for pattern in ignored):
+            raise CheckpointError(
+                f"{tensor.file}: unknown tensor {name} of shape {list(tensor.shape)}; "
+                f"{chosen.title} has none of this name"
+            )
+    return Description(source, chosen, parts, len(layers))
+
+
+def _get(settings: Mapping[str, Any], key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _look_up(source: Source, setting: Setting) -> tuple[Any, str]:
+    """A setting's value in our words, and the key that says it; '' for the default."""
+    value, said = setting.default, ""
+    for key in setting.keys:
+        found = _get(source.settings, key)
+        if found is not None:
+            value, said = found, key
+            break
+    if setting.values is not None and value is not None:
+        if isinstance(value, list | dict) or value not in setting.values:
+            raise CheckpointError(
+                f"{source.path}: {said} is {value!r}; supported: "
+                f"{', '.join(map(str, setting.values))}"
+            )
+        value = setting.values[value]
+    return value, said
+
+
+def _check_limits(source: Source, chosen: Format) -> None:
+    for limit in chosen.limits:
+        value = _get(source.settings, limit.key)
+        allowed = [
+            _get(source.settings, each) if isinstance(each, str) and each == "n_head" else each
+            for each in limit.allowed
+        ]
+        if value not in allowed:
+            raise CheckpointError(
+                f"{source.path}: {limit.key} is {value!r} in {source.settings_file}: "
+                f"{limit.reason}; not supported"
+            )
+    if source.settings.get("n_kv_head") is not None and chosen.name != "modded-nanogpt":
+        raise CheckpointError(f"{source.path}: n_kv_head: grouped queries are not supported")
+
+
+def _from_shapes(description: Description) -> None:
+    parts, why = description.parts, "shapes"
+    rows, width = parts["embedding.weight"][0].shape
+    description.note("num_layers", description.num_layers, why)
+    description.note("hidden_size", width, why)
+    description.note("padded_vocab_size", rows, why)
+    up = "mlp.up" not in description.format.transposed
+    if "blocks.0.mlp.up.weight" in parts:
+        inner = parts["blocks.0.mlp.up.weight"][0].shape[0 if up else 1]
+        description.note("intermediate_size", inner, why)
+    for name, tensor in {
+        "attention_bias": "blocks.0.qkv.bias",
+        "mlp_bias": "blocks.0.mlp.up.bias",
+        "norm_bias": "norm.bias",
+        "head_bias": "head.bias",
+        "norm_weight": "norm.weight",
+    }.items():
+        description.note(name, tensor in parts, "there or not")
+
+
+def _from_tensors(description: Description) -> None:
+    """What values tell: whether the head is the embedding, and stored frequencies."""
+    parts, known = description.parts, description.known
+    if "head.weight" not in parts:
+        if known.get("tie_embeddings") is False:
+            raise CheckpointError(f"{description.source.path}: head.weight is missing, not tied")
+        known.pop("tie_embeddings", None)
+        description.note("tie_embeddings", True, "no head of its own")
+    else:
+        head, embedding = parts["head.weight"][0], parts["embedding.weight"][0]
+        same = head.shape == embedding.shape and torch.equal(head.read(), embedding.read())
+        if description.format.fixed.get("tie_embeddings") and not same:
+            raise CheckpointError(
+                f"{head.file}: tensor {head.name} is not the embedding: later modded-nanogpt and "
+                "nanochat, which normalise the embedding and cap the logits, are not supported"
+            )
+        known.pop("tie_embeddings", None)
+        description.note("tie_embeddings", same, "the head's values")
+    eos = known.get("eos_token_id")
+    description.note("vocab_size", known["padded_vocab_size"], "shapes")
+    known["vocab_size"] = min(known["vocab_size"], known["padded_vocab_size"])
+    if eos is None or not 0 <= eos < known["vocab_size"]:
+        known.pop("eos_token_id", None)
+
+
+def _from_frequencies(description: Description) -> None:
+    """Stored frequencies, where the rotation is open; they must agree with what is said."""
+    if not description.opened:
+        return
+    pattern, tensors = re.compile(r".*\b(inv_)?freqs?"), description.source.tensors
+    found = {name: tensors[name] for name in tensors if pattern.fullmatch(name)}
+    for name, value in from_frequencies(found).items():
+        if description.known.get(name, value) != value and description.why[name] != "declared":
+            raise CheckpointError(
+                f"{description.source.path}: stored frequencies say {name} {value}, "
+                f"{description.why[name]} {description.known[name]}; declare which is right"
+            )
+        description.note(name, value, "stored frequencies")
+
+
+def _check_types(description: Description) -> None:
+    """What is computed with before ModelConfig checks everything."""
+    known, path = description.known, description.source.path
+    sizes = ("hidden_size", "padded_vocab_size", "num_layers", "intermediate_size")
+    for name in ("num_heads", "max_position", "vocab_size", *sizes):
+        value = known.get(name, known["padded_vocab_size"] if name == "vocab_size" else None)
+        if value is None:
+            raise CheckpointError(f"{path}: nothing says {name}; declare it")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path}: {name} must be a positive integer, got {value!r}")
+    for name in ("rope_base", "rotary_fraction"):
+        value = known.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise CheckpointError(f"{path}: {name} must be a number, got {value!r}")
+    eos = known.get("eos_token_id")
+    if isinstance(eos, list):
+        known["eos_token_id"] = eos = eos[0] if eos else None
+    if isinstance(eos, bool) or not isinstance(eos, int | None):
+        raise CheckpointError(f"{path}: eos_token_id must be an integer, got {eos!r}")
+    if known["hidden_size"] % known["num_heads"]:
+        raise CheckpointError(
+            f"{path}: a width of {known['hidden_size']} does not divide into "
+            f"{known['num_heads']} heads"
+        )
+    head_dim = known.pop("head_dim", None)
+    if head_dim is not None and head_dim != description.head_dim:
+        raise CheckpointError(
+            f"{path}: heads of {head_dim} do not fill a width of {known['hidden_size']}"
+        )
+
+
+def _settle_rotation(description: Description) -> None:
+    known = description.known
+    fraction = known.pop("rotary_fraction", None)
+    why = description.why.pop("rotary_fraction", "")
+    if fraction is not None:
+        description.note("rotary_dim", int(description.head_dim * fraction), why)
+    if "rope_base" in known:
+        known["rope_base"] = float(known["rope_base"])
+
+
+def _check_shapes(description: Description) -> None:
+    """Every tensor of the network there, in its shape and a float type; nothing is read."""
+    config = description.config(candidate_defaults(description))
+    with torch.device("meta"):
+        expected = GPT2(config).state_dict()
+    if config.tie_embeddings:
+        expected = {name: t for name, t in expected.items() if name != "head.weight"}
+    for name, tensor in expected.items():
+        there = description.parts.get(name)
+        if there is None:
+            raise CheckpointError(f"{description.source.path}: what makes {name} is missing")
+        module = name.rpartition(".")[0].removeprefix("blocks.").lstrip("0123456789.")
+        shape = list(tensor.shape)
+        if len(there) > 1:
+            shape[0] //= len(there)
+        if module in description.format.transposed and len(shape) == 2:
+            shape.reverse()
+        for each in there:
+            _check_tensor(each, shape)
+    for name in sorted(description.parts.keys() - expected.keys() - {"head.weight"}):
+        neutral = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        for each in description.parts.pop(name):
+            if not (each.read() == neutral).all():
+                raise CheckpointError(
+                    f"{each.file}: tensor {each.name} has no place: others like it are missing, or "
+                    "the settings say that there is none"
+                )
+
+
+def _check_tensor(tensor: StoredTensor, shape: Iterable[int]) -> None:
+    if tensor.shape != tuple(shape):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, "
+            f"{list(shape)} is needed"
+        )
+    if tensor.dtype not in DTYPES.values():
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}; one of "
+            f"{', '.join(DTYPES)} is needed"
+        )
+
+
+def candidate_defaults(description: Description) -> dict[str, Any]:
+    """Any values at all for what is open, to have a whole configuration."""
+    some = {
+        "pairing": "half",
+        "rope_sign": 1,
+        "rope_base": 10_000.0,
+        "rotary_dim": description.head_dim // 2 * 2,
+        "norm": "layernorm",
+    }
+    return {name: value for name, value in some.items() if name in description.opened}

@@ -1,0 +1,59 @@
+"""Stored frequencies: what `rotary-embedding-torch` and rotary buffers leave in a state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.model.rope import inverse_frequencies
+from weights.source import DTYPES, StoredTensor
+
+
+def from_frequencies(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Settings that stored frequencies imply; nothing where there are none.
+
+    tensors: names ending in `freqs` (rotary-embedding-torch's parameter, whose pairs are
+    interleaved) or `inv_freq` (a buffer, which says nothing of pairs). Raises CheckpointError where
+    they follow no base, or differ between layers.
+    """
+    settings: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values() or len(tensor.shape) != 1 or not tensor.shape[0]:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is no list of frequencies")
+        said: dict[str, Any] = {"rotary_dim": 2 * tensor.shape[0]}
+        base = base_of(tensor)
+        if base is not None:
+            said["rope_base"] = base
+        if name.endswith("freqs"):
+            said |= {"pairing": "interleaved", "rope_sign": 1}
+        for key, value in said.items():
+            if settings.setdefault(key, value) != value:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name} says {key} {value}, another {settings[key]}: "
+                    "frequencies that differ by layer are not served"
+                )
+    return settings
+
+
+def base_of(tensor: StoredTensor) -> float | None:
+    """The base that frequencies base^(-2i / dim) have; None for a single one, which has any."""
+    values: Tensor = tensor.read().double()
+    dim = 2 * len(values)
+    tolerance = max(1e-5, 4 * torch.finfo(tensor.dtype).eps)
+    if dim == 2 and abs(values[0].item() - 1) < tolerance:
+        return None
+    last = values[-1].item()
+    exact = last ** (-dim / (dim - 2)) if dim > 2 and last > 0 else 0.0
+    for base in (float(round(exact)), exact):
+        if base > 1 and torch.allclose(
+            values, inverse_frequencies(dim, base), rtol=tolerance, atol=0
+        ):
+            return base
+    raise CheckpointError(
+        f"{tensor.file}: the frequencies {tensor.name} follow no base: learned, pixel or scaled "
+        "ones are not converted"
+    )

@@ -1,0 +1,291 @@
+"""A checkpoint as it lies on the disk: its tensors by name, unread, and what its files say of it.
+
+Nothing is believed before it is checked: a header is compared with the size of its file, a pickle
+may hold tensors and plain values only, and a tensor's memory is taken when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import CheckpointError
+
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header; the format's own limit."""
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+)
+"""Types of weights, as safetensors names them."""
+
+SETTINGS_FILES = ("config.json", "model_config.yaml")
+WEIGHTS_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "lit_model.pth",
+    "ckpt.pt",
+)
+"""What a directory is searched for, in this order."""
+
+PREFIXES = ("_orig_mod.", "module.")
+"""What torch.compile and DataParallel put before every name."""
+
+STATES = ("model", "state_dict", "model_state_dict")
+SETTINGS = ("model_args", "config", "model_config")
+"""Keys of a .pt file under which trainers keep the weights, and the shape of the model."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that has not been read. name: in its file, without prefixes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    load: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        """Its values. Raises CheckpointError where they are not finite."""
+        tensor = self.load()
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise CheckpointError(f"{self.file}: tensor {self.name} holds NaN or infinite values")
+        return tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint: its tensors; settings, with the file that says them; the trainer's code."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    settings_file: str = ""
+    code: str = ""
+
+    @property
+    def directory(self) -> Path:
+        """Where other files of the checkpoint would be."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_source(path: Path) -> Source:
+    """A file (.pt, .pth, .bin, .safetensors) or a directory. Raises CheckpointError."""
+    file = _weights_file(path)
+    settings, settings_file = _read_settings(file.parent)
+    shards = _shards(file) if file.name.endswith(".index.json") else [file]
+    found: dict[str, StoredTensor] = {}
+    code = ""
+    for shard in shards:
+        if shard.suffix == ".safetensors":
+            tensors = read_safetensors(shard)
+        else:
+            tensors, inside, code = read_pickle(shard)
+            if inside:
+                settings, settings_file = inside, shard.name
+        for name, tensor in tensors.items():
+            if name in found:
+                raise CheckpointError(
+                    f"{shard}: tensor {name} is in {found[name].file.name} under the same name"
+                )
+            found[name] = tensor
+    if not found:
+        raise CheckpointError(f"{file}: no tensors in it")
+    return Source(path, found, settings, settings_file, code)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or directory")
+    for name in WEIGHTS_FILES:
+        if (path / name).is_file():
+            return path / name
+    for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin"):
+        files = sorted(path.glob(pattern))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise CheckpointError(f"{path}: {len(files)} {pattern} files in it; name one of them")
+    raise CheckpointError(f"{path}: no weights in it; looked for {', '.join(WEIGHTS_FILES)}")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: has no weight_map")
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
+    return [index.parent / name for name in files]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_settings(directory: Path) -> tuple[dict[str, Any], str]:
+    for name in SETTINGS_FILES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".json":
+            return read_json(path), name
+        try:
+            content = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: expected a mapping, got {type(content).__name__}")
+        return content, name
+    return {}, ""
+
+
+def _plain(name: str) -> str:
+    """Without what wrappers put before it."""
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by its header alone; each must fill the bytes that it claims."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path}: the header claims {length:,} bytes of a file of {size:,}"
+                )
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: cannot be read as safetensors: the header is no object")
+    header.pop("__metadata__", None)
+    found = {}
+    for stored, entry in header.items():
+        shape, dtype = _check_entry(path, stored, entry, size - 8 - length)
+        name = _plain(stored)
+        if name in found:
+            raise CheckpointError(f"{path}: tensor {name} is there twice, as {stored} too")
+        found[name] = StoredTensor(name, shape, dtype, path, partial(_load, path, stored))
+    return found
+
+
+def _check_entry(
+    path: Path, name: str, entry: Any, available: int
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a header's entry. available: bytes of data in the file."""
+    try:
+        shape = tuple(int(each) for each in entry["shape"])
+        kind, (begin, end) = str(entry["dtype"]), (int(each) for each in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name} has a broken header: {error!r}") from error
+    if kind not in DTYPES and kind not in ("BOOL", "U8", "I8", "I16", "I32", "I64"):
+        raise CheckpointError(
+            f"{path}: tensor {name} has type {kind}; one of {', '.join(DTYPES)} is needed"
+        )
+    if min(shape, default=0) < 0 or not 0 <= begin <= end <= available:
+        raise CheckpointError(
+            f"{path}: tensor {name} claims bytes {begin:,} to {end:,} of {available:,}"
+        )
+    dtype = DTYPES.get(kind, torch.int64 if kind == "I64" else torch.uint8)
+    if kind in DTYPES and prod(shape) * dtype.itemsize != end - begin:
+        raise CheckpointError(
+            f"{path}: tensor {name} of shape {list(shape)} and type {kind} has "
+            f"{end - begin:,} bytes, {prod(shape) * dtype.itemsize:,} are needed"
+        )
+    return shape, dtype
+
+
+def _load(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
+
+
+def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], str]:
+    """Tensors, settings and the trainer's code of a torch.save() file, mapped, not read.
+
+    A pickle is a program. Only one that builds tensors and plain values is let run; a mapped file
+    takes no memory until a tensor is read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("\n", " ")
+        raise CheckpointError(
+            f"{path}: refused, since its pickle wants more than tensors and plain values: "
+            f"{reason[:300]}"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise CheckpointError(f"{path}: cannot be read as a torch file: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    state = next((content[k] for k in STATES if isinstance(content.get(k), dict)), content)
+    found: dict[str, StoredTensor] = {}
+    for stored, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            if state is content:
+                continue
+            raise CheckpointError(f"{path}: {stored} is a {type(tensor).__name__}, not a tensor")
+        name = _plain(str(stored))
+        _check_tensor(path, name, tensor)
+        if name in found:
+            raise CheckpointError(f"{path}: tensor {name} is there twice, as {stored} too")
+        load = partial(_detached, tensor)
+        found[name] = StoredTensor(name, tuple(tensor.shape), tensor.dtype, path, load)
+    settings: dict[str, Any] = next(
+        (content[k] for k in SETTINGS if isinstance(content.get(k), dict)), {}
+    )
+    code = content.get("code")
+    return found, dict(settings), code if isinstance(code, str) else ""
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise where a tensor is not plain values that lie in the file, each once."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise CheckpointError(f"{path}: tensor {name} is sparse, quantised or without values")
+    claimed, there = tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()
+    if claimed > there:
+        raise CheckpointError(
+            f"{path}: tensor {name} of shape {list(tensor.shape)} claims {claimed:,} bytes; "
+            f"the file has {there:,}"
+        )

@@ -1,0 +1,278 @@
+"""Tokenizer files of a checkpoint into those of a model directory, or a refusal.
+
+What is written is tiktoken's ranks and the regular expression of the split. Merges become ranks by
+their order; whether that is the same tokenizer is tried against `tokenizers`, not assumed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, TokenizerError
+from engine.frontend.tokenizer import CONFIG_FILE, RANKS_FILE, Tokenizer
+from weights.source import read_json
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_RANKS = 50_256
+END_OF_TEXT = "<|endoftext|>"
+MERGES = ("vocab.bpe", "merges.txt")
+VOCABULARIES = ("encoder.json", "vocab.json")
+JSON_FILE = "tokenizer.json"
+CHARACTERS_FILE = "meta.pkl"
+TRIALS = 2000
+"""Random texts on which a converted tokenizer must agree."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level BPE. tokens: its bytes by id; special: names of ids that no text becomes."""
+
+    pattern: str
+    tokens: Mapping[bytes, int]
+    special: Mapping[str, int]
+
+    def write(self, directory: Path) -> None:
+        """The two tokenizer files of a model directory."""
+        lines = (
+            f"{base64.b64encode(token).decode()} {rank}\n"
+            for token, rank in sorted(self.tokens.items(), key=lambda item: item[1])
+        )
+        (directory / RANKS_FILE).write_text("".join(lines), encoding="ascii")
+        config = {"pattern": self.pattern, "special_tokens": dict(self.special)}
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def convert_tokenizer(source: Path, directory: Path) -> str:
+    """Write the tokenizer that lies in `source` into `directory`; what it was, '' for none.
+
+    Raises TokenizerError for one that cannot be served as it is.
+    """
+    if (source / RANKS_FILE).is_file():
+        return _copy_ranks(source, directory)
+    if (source / CONFIG_FILE).is_file() and "characters" in _config(source / CONFIG_FILE):
+        shutil.copyfile(source / CONFIG_FILE, directory / CONFIG_FILE)
+        return f"{CONFIG_FILE}, characters"
+    if (source / JSON_FILE).is_file():
+        vocabulary, reference = _from_json(source / JSON_FILE)
+        name = JSON_FILE
+    elif merges := next((source / m for m in MERGES if (source / m).is_file()), None):
+        vocabulary, reference = _from_merges(source, merges)
+        name = f"{merges.name}, {len(vocabulary.tokens):,} tokens"
+    elif (source / CHARACTERS_FILE).is_file():
+        characters = read_characters(source / CHARACTERS_FILE)
+        config = {"characters": characters}
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        return f"{CHARACTERS_FILE}, {len(characters)} characters"
+    else:
+        return ""
+    ours = Tokenizer(vocabulary.pattern, vocabulary.tokens, vocabulary.special)
+    compare(ours, reference, vocabulary, name)
+    vocabulary.write(directory)
+    return name
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _copy_ranks(source: Path, directory: Path) -> str:
+    shutil.copyfile(source / RANKS_FILE, directory / RANKS_FILE)
+    if (source / CONFIG_FILE).is_file() and "pattern" in _config(source / CONFIG_FILE):
+        shutil.copyfile(source / CONFIG_FILE, directory / CONFIG_FILE)
+        return f"{RANKS_FILE}, as it was"
+    count = len((source / RANKS_FILE).read_bytes().split(b"\n")) - 1
+    if count != GPT2_RANKS:
+        raise TokenizerError(
+            f"{source / RANKS_FILE}: {count:,} ranks without a {CONFIG_FILE} that says the "
+            f"`pattern` of their split; only GPT-2's {GPT2_RANKS:,} are known"
+        )
+    config = {"pattern": GPT2_PATTERN, "special_tokens": {END_OF_TEXT: GPT2_RANKS}}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return f"{RANKS_FILE}, GPT-2's"
+
+
+def bytes_of_printable() -> dict[str, int]:
+    """GPT-2's stand-ins: the printable character that stands for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _vocabulary(
+    path: Path, pattern: str, vocab: Mapping[str, int], merges: Sequence[str], special: set[str]
+) -> Vocabulary:
+    """Ranks of a vocabulary; refused where the order of its merges is not that of its ids."""
+    byte = bytes_of_printable()
+    merged = ["".join(merge.split(" ")) for merge in merges]
+    reachable = {*byte, *merged}
+    named = {token: rank for token, rank in vocab.items() if token in special}
+    plain = {token: rank for token, rank in vocab.items() if token not in special}
+    for token, rank in plain.items():
+        if token == END_OF_TEXT:
+            named[token] = rank
+        elif token not in reachable:
+            raise TokenizerError(f"{path}: no merge makes token {token!r}, id {rank}")
+    ids = [vocab.get(token, -1) for token in merged]
+    if any(a >= b for a, b in pairwise(ids)) or (ids and ids[0] < 0):
+        raise TokenizerError(f"{path}: the ids do not follow the order of the merges")
+    try:
+        tokens = {bytes(byte[c] for c in t): r for t, r in plain.items() if t not in named}
+    except KeyError as error:
+        raise TokenizerError(f"{path}: not a byte-level vocabulary: {error} in it") from error
+    return Vocabulary(pattern, tokens, named)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers  # noqa: PLC0415
+    except ImportError as error:
+        raise TokenizerError(
+            "converting this tokenizer needs the `tokenizers` library: pip install tokenizers"
+        ) from error
+    return tokenizers
+
+
+def _from_merges(source: Path, path: Path) -> tuple[Vocabulary, Any]:
+    """GPT-2's own two files."""
+    library = _library()
+    name = next((source / v for v in VOCABULARIES if (source / v).is_file()), None)
+    if name is None:
+        raise TokenizerError(f"{path}: needs {' or '.join(VOCABULARIES)} beside it")
+    vocab = _config(name)
+    lines = path.read_text("utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    vocabulary = _vocabulary(path, GPT2_PATTERN, vocab, merges, set())
+    pairs = [tuple(line.split(" ")) for line in merges]
+    reference = library.Tokenizer(library.models.BPE(vocab, pairs))
+    reference.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return vocabulary, reference
+
+
+def _from_json(path: Path) -> tuple[Vocabulary, Any]:
+    """tokenizer.json, where it is a plain byte-level BPE."""
+    library, content = _library(), _config(path)
+    model = content.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise TokenizerError(f"{path}: {model.get('type')} is no byte-level BPE")
+    if content.get("normalizer"):
+        raise TokenizerError(
+            f"{path}: it normalises text ({content['normalizer'].get('type')}); not supported"
+        )
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            raise TokenizerError(f"{path}: {key} is {model[key]!r}; not supported")
+    added = content.get("added_tokens") or []
+    for token in added:
+        if not token.get("special"):
+            raise TokenizerError(
+                f"{path}: {token.get('content')!r} was added without being special: it is cut out "
+                "of texts before the split, which is not supported (if no text of yours holds it, "
+                "take the file away, and merges.txt and vocab.json are used)"
+            )
+    vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    special = {token["content"] for token in added}
+    vocabulary = _vocabulary(path, _pattern(path, content), vocab, merges, special)
+    return vocabulary, library.Tokenizer.from_file(str(path))
+
+
+def _pattern(path: Path, content: Mapping[str, Any]) -> str:
+    """The regular expression of the split."""
+    split = content.get("pre_tokenizer") or {}
+    steps = split.get("pretokenizers", []) if split.get("type") == "Sequence" else [split]
+    kinds = [step.get("type") for step in steps]
+    if steps and steps[-1].get("add_prefix_space"):
+        raise TokenizerError(f"{path}: it puts a space before each text; not supported")
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return GPT2_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        pattern = steps[0].get("pattern", {}).get("Regex")
+        if steps[0].get("behavior") == "Isolated" and not steps[0].get("invert") and pattern:
+            return str(pattern)
+    raise TokenizerError(
+        f"{path}: its split ({', '.join(map(str, kinds))}) is not a byte-level one"
+    )
+
+
+def trial_texts(vocabulary: Vocabulary) -> Iterator[str]:
+    """Every token by itself, words with accents and spaces, and random characters."""
+    for token in vocabulary.tokens:
+        try:
+            yield token.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+    generator = random.Random(0)
+    words = [" the", "don't", "we'LL", "  ", "\n\n", "\t", "é", "e\u0301", "1234567", "٣", "中文字"]
+    words += [
+        "🙂",
+        "👩‍👩‍👧",
+        "\u00a0",
+        "\u2028",
+        "\u200b",
+        "ß",
+        "ﬁ",
+        "İ",
+        "'s",
+        "_x",
+        "\r\n",
+        "…",
+        "\x00",
+    ]
+    for _ in range(TRIALS):
+        pieces = [
+            generator.choice(words)
+            if generator.random() < 0.5
+            else chr(generator.choice((generator.randrange(0x300), generator.randrange(0xD800))))
+            for _ in range(generator.randrange(1, 24))
+        ]
+        yield "".join(pieces)
+
+
+def compare(ours: Tokenizer, reference: Any, vocabulary: Vocabulary, name: str) -> None:
+    """Raise TokenizerError for the first text on which ours differs from the library's."""
+    texts = [t for t in trial_texts(vocabulary) if not any(s in t for s in vocabulary.special)]
+    for text, theirs in zip(texts, reference.encode_batch(texts), strict=True):
+        if ours.encode(text) != theirs.ids:
+            raise TokenizerError(
+                f"{name}: as tiktoken ranks it gives {ours.encode(text)[:8]} for {text[:40]!r}, "
+                f"the `tokenizers` library {theirs.ids[:8]}; it cannot be served as it is"
+            )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds dicts, texts and numbers; anything that has to be imported is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise TokenizerError(f"{CHARACTERS_FILE}: refused, since it wants {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise TokenizerError(f"{CHARACTERS_FILE}: refused, since it wants object {pid!r}")
+
+
+def read_characters(path: Path) -> list[str]:
+    """nanoGPT's character-level alphabet, by id. Raises TokenizerError."""
+    try:
+        content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+    except TokenizerError:
+        raise
+    except Exception as error:  # a broken pickle fails in any way at all
+        raise TokenizerError(f"{path}: cannot be read: {error!r}") from error
+    itos = content.get("itos") if isinstance(content, dict) else None
+    if isinstance(itos, dict) and set(itos) == set(range(len(itos))):
+        characters = [itos[i] for i in range(len(itos))]
+        if all(isinstance(c, str) and len(c) == 1 for c in characters):
+            return characters
+    raise TokenizerError(f"{path}: needs `itos`, a character for each id from 0")
