@@ -70,10 +70,22 @@ def serve(directory: Path, *options: str) -> Iterator[Server]:
             shown += line
         url = re.search(r"http://127\.0\.0\.1:\d+", shown)
         assert url is not None
+        if "--api-workers" in options:
+            until_all_are_ready(url[0])
         yield Server(process, url[0], shown)
     finally:
         process.kill()
         process.communicate()
+
+
+def until_all_are_ready(url: str) -> None:
+    """The first HTTP process announces; the others may still start. Each connection picks one."""
+    in_a_row = 0
+    deadline = time.monotonic() + 30
+    while in_a_row < 20:
+        assert time.monotonic() < deadline
+        answer = httpx.get(f"{url}/ready", headers={"Connection": "close"}, trust_env=False)
+        in_a_row = in_a_row + 1 if answer.status_code == 200 else 0
 
 
 @pytest.fixture(scope="module")
