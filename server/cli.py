@@ -280,6 +280,8 @@ def serve(
             raise typer.Exit(status)
         if not peers_lived:
             fail("an HTTP worker process ended", FAILED)
+        if status is None:  # it lives; what broke is in the log
+            fail("the connection to the engine broke", FAILED)
         fail(f"the engine process ended with status {status}", FAILED)
 
 
