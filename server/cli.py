@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import fields
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
-from engine.errors import ConfigError, RequestError, RopewayError
 from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
+from server.listener import listen_all
+from server.outcome import FAILED, INTERRUPTED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
 from server.peer import PeerConfig, PeerProcess
 from server.settings import ServerSettings
 from server.sizes import parse_size
 
-BACKLOG = 2048
 STOP_SECONDS = 5.0
 CRASH_SECONDS = 2.0
-FAILED, MISUSED, UNDECIDED, INTERRUPTED = 1, 2, 3, 130
-"""Exit codes, besides 0."""
-
-CONFIGS = (EngineConfig, CacheConfig, SchedulerConfig)
-OPTIONS = {
-    *(field.name for config in CONFIGS for field in fields(config)),
-    *SamplingParams.__struct_fields__,
-}
-"""Settings that are options; errors begin with their names."""
-
 SCHEDULER = SchedulerConfig()
 SERVER = ServerSettings()
 SAMPLING = SamplingParams()
@@ -56,35 +42,6 @@ app = typer.Typer(
 def main() -> None:
     """The `ropeway` command."""
     app()
-
-
-def fail(message: str, status: int) -> NoReturn:
-    """One clear line, and the end."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(status)
-
-
-@contextmanager
-def reported() -> Generator[None, None, None]:
-    """Turn an error into one line: 2 where an option is at fault, 1 where anything else is."""
-    try:
-        yield
-    except (ConfigError, RequestError) as error:
-        name, _, rest = str(error).partition(" ")
-        if name in OPTIONS:
-            fail(f"--{name.replace('_', '-')} {rest}", MISUSED)
-        fail(str(error), MISUSED if isinstance(error, RequestError) else FAILED)
-    except RopewayError as error:
-        fail(str(error), FAILED)
-
-
-@contextmanager
-def extra(name: str) -> Generator[None, None, None]:
-    """A command whose libraries come with an extra: say so where one is absent."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed; run: pip install 'ropeway[{name}]'", FAILED)
 
 
 def option(*names: str, **settings: Any) -> Any:
@@ -106,31 +63,6 @@ def model_directory(model: Path | None) -> Path:
     if not directory.is_dir():
         fail(f"{directory} is not a model directory", FAILED)
     return directory
-
-
-def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A listening socket: clients can connect before anything else is there."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (while")[0]
-        fail(f"cannot listen on {host}:{port}: {reason}", FAILED)
-    except UnicodeError as error:  # no name of a host
-        fail(f"cannot listen on {host}:{port}: {error}", FAILED)
-
-
-def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
-    """One socket for each HTTP process; the kernel spreads the connections over them.
-
-    Over one socket that all share, whichever process wakes first would take most of them.
-    """
-    alone = listen(host, port)  # refuses a port that somebody else has, which sharing would not
-    if count == 1:
-        return [alone]
-    port = alone.getsockname()[1]
-    alone.close()
-    return [listen(host, port, shared=True) for _ in range(count)]
 
 
 ModelOption = Annotated[

@@ -1,0 +1,34 @@
+"""The sockets that the HTTP processes listen on."""
+
+from __future__ import annotations
+
+import socket
+
+from server.outcome import FAILED, fail
+
+BACKLOG = 2048
+
+
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket: clients can connect before anything else is there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        fail(f"cannot listen on {host}:{port}: {reason}", FAILED)
+    except UnicodeError as error:  # no name of a host
+        fail(f"cannot listen on {host}:{port}: {error}", FAILED)
+
+
+def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
+    """One socket for each HTTP process; the kernel spreads the connections over them.
+
+    Over one socket that all share, whichever process wakes first would take most of them.
+    """
+    alone = listen(host, port)  # refuses a port that somebody else has, which sharing would not
+    if count == 1:
+        return [alone]
+    port = alone.getsockname()[1]
+    alone.close()
+    return [listen(host, port, shared=True) for _ in range(count)]
