@@ -11,6 +11,8 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
 Overflow = Literal["error", "truncate", "shift"]
 SINK_BLOCKS = 1
 """Pages at the beginning that a shift keeps: what they hold, every later token attends to (Xiao et
@@ -59,9 +61,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens          None: as many as the context has room for
     ignore_eos          go on after the model's end token
     logprobs            None: none; k: the token's log-probability and the k likeliest (0 to 20)
+    logit_bias          token id -> added to its logit, -100 to 100
 
-    Filters apply in the order penalties, temperature, top_k, top_p, min_p. Log-probabilities are
-    the model's own, before any of them.
+    Biases come first; then penalties, temperature, top_k, top_p, min_p. Log-probabilities are the
+    model's own, before any of them.
     """
 
     temperature: float = 1.0
@@ -77,6 +80,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # one text is meant, not its characters
@@ -99,6 +103,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_integer(self, "logprobs", 0, MAX_LOGPROBS)
         self._check_stop_strings()
         self._check_stop_token_ids()
+        self._check_logit_bias()
+
+    def _check_logit_bias(self) -> None:
+        if not isinstance(self.logit_bias, dict):
+            raise InvalidRequest(
+                f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", "logit_bias"
+            )
+        if len(self.logit_bias) > MAX_BIASES:
+            raise InvalidRequest(
+                f"logit_bias takes at most {MAX_BIASES} tokens, got {len(self.logit_bias)}",
+                "logit_bias",
+            )
+        for token_id, bias in self.logit_bias.items():
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidRequest(
+                    f"logit_bias must have token ids as keys, got {token_id!r}", "logit_bias"
+                )
+            if isinstance(bias, bool) or not isinstance(bias, int | float):
+                raise InvalidRequest(
+                    f"logit_bias[{token_id}] must be a number, got {bias!r}", "logit_bias"
+                )
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise InvalidRequest(
+                    f"logit_bias[{token_id}] must be at least {-MAX_BIAS} and at most {MAX_BIAS}, "
+                    f"got {bias}",
+                    "logit_bias",
+                )
 
     def _check_stop_token_ids(self) -> None:
         if not isinstance(self.stop_token_ids, tuple | list):

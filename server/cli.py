@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,9 @@ from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
-from server.listener import listen_all
+from server.chat import ChatTemplate
+from server.keys import KeyRing, new_key
+from server.listener import check_certificate, listen_all
 from server.outcome import FAILED, INTERRUPTED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
 from server.peer import PeerConfig, PeerProcess
@@ -128,21 +131,36 @@ def serve(
     block_size: Annotated[
         int, option(help="Tokens in a page of the cache: 16, 32 or 64.")
     ] = CacheConfig().block_size,
-    api_workers: Annotated[
-        int, option(min=1, help="HTTP processes; each has its own /metrics.")
-    ] = 1,
+    api_workers: Annotated[int, option(min=1, help="HTTP processes on the one port.")] = 1,
     drain_timeout: Annotated[
         float, option(min=0, help="Seconds that running streams get once told to stop.")
     ] = SERVER.drain_seconds,
     max_restarts: Annotated[
         int, option(min=0, help="Restarts in a row of an engine process that died.")
     ] = SERVER.max_restarts,
+    max_body: Annotated[
+        int, option(parser=size_option, metavar="SIZE", help="The largest body of a request.")
+    ] = SERVER.max_body_bytes,
+    api_key_file: Annotated[
+        Path | None, option(metavar="FILE", help="Whose keys are let in; see `ropeway key`.")
+    ] = None,
+    share_prefix_cache: Annotated[
+        bool, option("--share-prefix-cache", help="Cached prompts serve all keys, not only one.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, option(help="Origin of pages that may ask; may be repeated.")
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, option(metavar="FILE", help="Certificate chain, for HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, option(metavar="FILE", help="And its key.")] = None,
 ) -> None:
     """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest."""
     began = time.monotonic()
     directory = model_directory(model)
     with reported():
         tokenizer = Tokenizer.from_directory(directory)
+        chat = ChatTemplate.from_directory(directory, tokenizer)
         config = EngineConfig(
             model_dir=str(directory),
             device=device,
@@ -155,20 +173,33 @@ def serve(
             num_token_ids=len(tokenizer),
             unused_token_ids=tuple(tokenizer.unused_ids),
         )
+        check_certificate(ssl_certfile, ssl_keyfile)
+        if api_key_file is not None:
+            KeyRing.from_file(api_key_file)
     settings = ServerSettings(
         max_queue=max_queue,
         num_workers=api_workers,
         drain_seconds=drain_timeout,
         max_restarts=max_restarts,
+        max_body_bytes=max_body,
+        api_key_file=None if api_key_file is None else str(api_key_file),
+        share_prefix_cache=share_prefix_cache,
+        cors_origins=tuple(cors_origin or ()),
+        ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
+        ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
     )
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
 
     def announce(ready: EngineReady) -> None:
-        show(Console(), ready, host, bound_port, time.monotonic() - began)
+        secure, keys = ssl_certfile is not None, api_key_file is not None
+        seconds = time.monotonic() - began
+        show(Console(), ready, host, bound_port, seconds, secure=secure, keys=keys)
 
     with reported():
         process = EngineProcess(config)
+    if others:
+        settings = replace(settings, shared_dir=str(process.folder))
     peers: list[PeerProcess] = []
     patience = 0.0  # with what is still running, where we are interrupted
     try:
@@ -176,17 +207,18 @@ def serve(
         # Only now, while the engine process imports PyTorch, what takes us long to import.
         from server.worker import HttpWorker  # noqa: PLC0415
 
-        for other in others:
+        for number, other in enumerate(others, start=1):
             peer = PeerConfig(
                 address=process.address,
                 model_dir=str(directory),
                 listener=other.fileno(),
-                settings=settings,
+                settings=replace(settings, worker=number),
             )
             peers.append(PeerProcess(peer))
             other.close()
         worker = HttpWorker(
             tokenizer,
+            chat,
             process.address,
             listener,
             settings,
@@ -291,6 +323,20 @@ def generate(
     first, rest = moments[0] - began, moments[-1] - moments[0]
     speed = f", then {(len(moments) - 1) / rest:.1f} tokens/s" if rest else ""
     typer.echo(f"{len(moments)} tokens: first after {first:.3f} s{speed}", err=True)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(show_envvar=False, help="Whose key it will be.")],
+    *,
+    rate: Annotated[int | None, option(min=1, help="Requests a minute.")] = None,
+    concurrency: Annotated[int | None, option(min=1, help="Requests at once.")] = None,
+) -> None:
+    """Make an API key: its line for --api-key-file, and on standard error the key itself."""
+    with reported():
+        secret, made = new_key(name, rate, concurrency)
+    typer.echo(made.line)
+    typer.echo(f"the key of {name}, which is shown only now: {secret}", err=True)
 
 
 FORWARD = {

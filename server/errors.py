@@ -1,4 +1,8 @@
-"""Every error as one JSON shape: {"error": {"code", "message", "field"}}."""
+"""Every error as one JSON shape: {"error": {"code", "message", "field"}}.
+
+Under /v1/ it is OpenAI's: {"error": {"message", "type", "param", "code"}}, and a fault in a field
+is a 400, as their clients expect; `code` is the same.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,10 @@ from engine.errors import (
     RequestError,
     RopewayError,
 )
-from server.schemas import ErrorBody
+from server.schemas import ErrorBody, OpenAIErrorBody
 
+OPENAI_PATH = "/v1/"
+OPENAI_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 RETRY_SECONDS = 1
 SHOWN_CHARACTERS = 80
 
@@ -40,13 +46,31 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 }
 """For `responses=` of routes that take a body."""
 
+OPENAI_DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": OpenAIErrorBody, "description": description["description"]}
+    for status, description in DOCUMENTED.items()
+    if status != HTTPStatus.UNPROCESSABLE_ENTITY
+} | {
+    400: {"model": OpenAIErrorBody, "description": "No JSON, or a field that is not right."},
+    404: {"model": OpenAIErrorBody, "description": "Another model is served."},
+}
+"""The same for those under /v1/."""
+
 
 class ApiError(HTTPException):
     """An error of HTTP itself, with a code of its own."""
 
-    def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: HTTPStatus,
+        code: str,
+        message: str,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
         self.code = code
+        self.field = field
 
 
 def error_response(
@@ -55,10 +79,26 @@ def error_response(
     message: str,
     field: str | None = None,
     headers: Mapping[str, str] | None = None,
+    *,
+    path: str,
 ) -> Response:
-    """The one shape. ASCII only: a message may quote what no UTF-8 can hold."""
-    body = json.dumps({"error": {"code": code, "message": message, "field": field}})
+    """The one shape, or OpenAI's where the path asks for that. ASCII only: a message may quote what
+    no UTF-8 can hold."""
+    error: dict[str, str | None] = {"code": code, "message": message, "field": field}
+    if path.startswith(OPENAI_PATH):
+        if status == HTTPStatus.UNPROCESSABLE_ENTITY:
+            status = HTTPStatus.BAD_REQUEST
+        error = openai_error(status, code, message, field)
+    body = json.dumps({"error": error})
     return Response(body, status, headers, media_type="application/json")
+
+
+def openai_error(
+    status: int, code: str, message: str, field: str | None = None
+) -> dict[str, str | None]:
+    """What OpenAI's clients read."""
+    kind = OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"message": message, "type": kind, "param": field, "code": code}
 
 
 def status_of(error: RopewayError) -> int:
@@ -74,7 +114,7 @@ def status_of(error: RopewayError) -> int:
     return HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-def ropeway_response(error: RopewayError) -> Response:
+def ropeway_response(error: RopewayError, path: str) -> Response:
     """The answer to an error of the engine's tree."""
     again = isinstance(error, QueueFull | EngineStarting | Draining)
     return error_response(
@@ -83,28 +123,39 @@ def ropeway_response(error: RopewayError) -> Response:
         str(error),
         error.field if isinstance(error, RequestError) else None,
         {"Retry-After": str(RETRY_SECONDS)} if again else None,
+        path=path,
     )
 
 
 def install(app: FastAPI) -> None:
     """Answer every exception in the one shape."""
 
-    async def on_ropeway(_: Request, error: Exception) -> Response:
+    async def on_ropeway(request: Request, error: Exception) -> Response:
         assert isinstance(error, RopewayError)
-        return ropeway_response(error)
+        return ropeway_response(error, request.url.path)
 
-    async def on_invalid(_: Request, error: Exception) -> Response:
+    async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _validation_response(error)
+        return _validation_response(error, request.url.path)
 
-    async def on_http(_: Request, error: Exception) -> Response:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        code = error.code if isinstance(error, ApiError) else _code(error.status_code)
-        return error_response(error.status_code, code, error.detail, None, error.headers)
+        code, field = _code(error.status_code), None
+        if isinstance(error, ApiError):
+            code, field = error.code, error.field
+        return error_response(
+            error.status_code, code, error.detail, field, error.headers, path=request.url.path
+        )
 
-    async def on_bug(_: Request, __: Exception) -> Response:
+    async def on_bug(request: Request, _: Exception) -> Response:
         # Starlette raises it again after this answer, so that the log has the traceback.
-        return error_response(500, "internal_error", "internal error; the server's log says more")
+        return error_response(
+            500,
+            "internal_error",
+            "internal error; the server's log says more",
+            headers={"X-Request-Id": request.state.request_id},
+            path=request.url.path,
+        )
 
     app.add_exception_handler(RopewayError, on_ropeway)
     app.add_exception_handler(RequestValidationError, on_invalid)
@@ -116,15 +167,17 @@ def _code(status: int) -> str:
     return re.sub(r"[^a-z]+", "_", HTTPStatus(status).phrase.lower())
 
 
-def _validation_response(error: RequestValidationError) -> Response:
+def _validation_response(error: RequestValidationError, path: str) -> Response:
     """Name the first fault: its field and its value."""
     fault = error.errors()[0]
     if fault["type"] == "json_invalid":
         at = fault["loc"][-1]
         message = f"the body is not valid JSON: {fault['ctx']['error']} at character {at}"
-        return error_response(HTTPStatus.BAD_REQUEST, "invalid_json", message)
+        return error_response(HTTPStatus.BAD_REQUEST, "invalid_json", message, path=path)
     field = _path(fault["loc"][1:])
     match fault["type"]:
+        case "unsupported":
+            field, message = fault["ctx"]["field"], fault["msg"]
         case "string_unicode" if not field:
             message = f"{_shown(fault['input'])} is not a field of this request"
         case _ if not field:
@@ -137,7 +190,7 @@ def _validation_response(error: RequestValidationError) -> Response:
             reason = fault["msg"].removeprefix("Input ")
             message = f"{field} {reason}, got {_shown(fault['input'])}"
     return error_response(
-        HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message, field or None
+        HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message, field or None, path=path
     )
 
 

@@ -4,74 +4,94 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Self
 
+import msgspec
 from fastapi import Depends, Request
 
 from engine.errors import Draining, EngineError, RopewayError
-from engine.frontend.client import AsyncEngine, Stream
-from engine.frontend.output import TokenDelta
+from engine.frontend.client import AsyncEngine
+from engine.frontend.stream import Piece, Stream, StreamGroup
 from engine.request import RequestOptions, SamplingParams
+from server.chat import ChatTemplate
+from server.keys import ApiKey
 from server.metrics import Metrics
 from server.settings import ServerSettings
 
 
-class Generation:
-    """One request on its way: a Stream that is measured, and closed when left.
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. request_id: theirs or ours; key: None where none are needed."""
 
-    `async with generation: async for deltas in generation: ...`
+    request_id: str
+    key: ApiKey | None
+
+
+class Generation:
+    """One answer on its way: streams that are measured, and closed when left.
+
+    `async with generation: async for pieces in generation: ...`
     """
 
-    def __init__(self, stream: Stream, metrics: Metrics) -> None:
-        """stream: fresh from the engine."""
-        self.stream = stream
+    def __init__(self, group: StreamGroup, metrics: Metrics) -> None:
+        """group: fresh from the engine."""
+        self.streams = group.streams
+        self._group = group
         self._metrics = metrics
-        self._last: float | None = None
+        self._last: dict[Stream, float] = {}
         self._failed = False
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> list[TokenDelta]:
+    async def __anext__(self) -> list[Piece]:
         try:
-            deltas = await self.stream.__anext__()
+            pieces = await self._group.__anext__()
         except EngineError:
             self._failed = True
             raise
-        self._observe(len(deltas))
-        return deltas
+        now = time.monotonic()
+        for piece in pieces:
+            if piece.deltas:
+                self._observe(piece, now)
+        return pieces
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.stream.close()
-        timing = self.stream.timing
-        if timing.total is not None:
-            self._metrics.duration.observe(timing.total)
-        outcome = "error" if self._failed else self.stream.finish_reason or "aborted"
-        self._metrics.requests.labels(outcome).inc()
+        self._group.close()
+        for stream in self.streams:
+            if stream.timing.total is not None:
+                self._metrics.duration.observe(stream.timing.total)
+            outcome = stream.finish_reason or ("error" if self._failed else "aborted")
+            self._metrics.requests.labels(outcome).inc()
 
-    def _observe(self, num_tokens: int) -> None:
-        now = time.monotonic()
-        if self._last is None:
-            timing = self.stream.timing
+    def _observe(self, piece: Piece, now: float) -> None:
+        last = self._last.get(piece.stream)
+        if last is None:
+            timing = piece.stream.timing
             if timing.first_token is not None:
                 self._metrics.first_token.observe(timing.first_token)
             if timing.queue is not None:
                 self._metrics.queue_time.observe(timing.queue)
         else:
-            for _ in range(num_tokens):
-                self._metrics.inter_token.observe((now - self._last) / num_tokens)
-        self._last = now
+            gap = (now - last) / len(piece.deltas)
+            for _ in piece.deltas:
+                self._metrics.inter_token.observe(gap)
+        self._last[piece.stream] = now
 
 
 class Service:
     """One HTTP process's share of the work."""
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
-        """engine: may be starting still."""
+    def __init__(self, engine: AsyncEngine, chat: ChatTemplate, settings: ServerSettings) -> None:
+        """engine: may be starting still. chat: makes prompts of conversations."""
         self.engine = engine
+        self.chat = chat
+        self.started = int(time.time())
         self.settings = settings
         self.metrics = Metrics(engine)
         self._draining = False
@@ -89,18 +109,32 @@ class Service:
 
     def generate(
         self,
-        prompt: str | list[int],
+        prompts: Sequence[str | list[int]],
         params: SamplingParams,
         options: RequestOptions = RequestOptions(),
+        num_choices: int = 1,
+        *,
+        caller: Caller,
+        name: str = "prompt",
     ) -> Generation:
-        """Start a request. Raises RequestError, QueueFull or EngineError."""
+        """Start a request. name: what errors call its prompt.
+
+        A caller with a key shares cached prompts with nobody else, unless the operator says so.
+        Raises RequestError, QueueFull or EngineError.
+        """
+        if caller.key is not None and not self.settings.share_prefix_cache:
+            salt = caller.key.salt(options.cache_salt)
+            options = msgspec.structs.replace(options, cache_salt=salt)
         try:
             self.check_ready()
-            stream = self.engine.submit(uuid.uuid4().hex, prompt, params, options)
+            # Not the client's X-Request-Id, which need not be unique.
+            group = self.engine.submit_all(
+                uuid.uuid4().hex, prompts, params, options, num_choices, name
+            )
         except RopewayError as error:
             self.metrics.requests.labels(error.code).inc()
             raise
-        return Generation(stream, self.metrics)
+        return Generation(group, self.metrics)
 
 
 async def _service(request: Request) -> Service:
@@ -111,3 +145,10 @@ async def _service(request: Request) -> Service:
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
+
+
+async def _caller(request: Request) -> Caller:
+    return Caller(request.state.request_id, getattr(request.state, "key", None))
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]

@@ -13,7 +13,10 @@ class ServerSettings:
     each takes its share of both; max_body_bytes: of a request's body;
     keep_alive_seconds: silence after which a waiting stream gets a comment, so that no proxy takes
     it for dead; drain_seconds: how long running streams may go on once the server is told to stop;
-    max_restarts: how often in a row the engine process is started again when it dies.
+    max_restarts: how often in a row the engine process is started again when it dies;
+    api_key_file: whose keys are let in, None: anybody; share_prefix_cache: among all keys;
+    cors_origins: of pages that may ask; ssl_certfile, ssl_keyfile: for HTTPS; worker: which of the
+    HTTP processes this is, from 0; shared_dir: a folder that they share, None where it is alone.
     """
 
     max_queue: int = 1024
@@ -22,3 +25,10 @@ class ServerSettings:
     keep_alive_seconds: float = 15.0
     drain_seconds: float = 30.0
     max_restarts: int = 5
+    api_key_file: str | None = None
+    share_prefix_cache: bool = False
+    cors_origins: tuple[str, ...] = ()
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    worker: int = 0
+    shared_dir: str | None = None

@@ -21,6 +21,7 @@ from engine.frontend.client import AsyncEngine
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from server.app import create_app
+from server.chat import ChatTemplate
 from server.peer import PeerConfig, PeerProcess
 from server.settings import ServerSettings
 
@@ -60,6 +61,7 @@ class HttpWorker:
     def __init__(
         self,
         tokenizer: Tokenizer,
+        chat: ChatTemplate,
         address: str,
         listener: socket.socket,
         settings: ServerSettings,
@@ -74,6 +76,7 @@ class HttpWorker:
         the engine was ready; the status that it died with for good. peers: drained with us.
         """
         self._tokenizer = tokenizer
+        self._chat = chat
         self._address = address
         self._listener = listener
         self._settings = settings
@@ -114,7 +117,7 @@ class HttpWorker:
             loop.add_signal_handler(signum, self.stop)
         if parent is not None:
             loop.add_reader(parent, self._hear, parent, engine)
-        app = create_app(engine, self._settings, self._exited)
+        app = create_app(engine, self._chat, self._settings, self._exited)
         server = Server(
             uvicorn.Config(
                 app,
@@ -126,6 +129,8 @@ class HttpWorker:
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=IDLE_SECONDS,
+                ssl_certfile=self._settings.ssl_certfile,
+                ssl_keyfile=self._settings.ssl_keyfile,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
@@ -187,8 +192,11 @@ class HttpWorker:
 def main() -> int:
     """A peer: configuration on standard input, whose end tells it to stop."""
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=PeerConfig)
+    directory = Path(config.model_dir)
+    tokenizer = Tokenizer.from_directory(directory)
     worker = HttpWorker(
-        Tokenizer.from_directory(Path(config.model_dir)),
+        tokenizer,
+        ChatTemplate.from_directory(directory, tokenizer),
         config.address,
         socket.socket(fileno=config.listener),
         config.settings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -99,6 +99,8 @@ class Sampler:
             logits.index_fill_(1, self._unused, -torch.inf)
         logprobs = self._model_logprobs(logits, requests)
         for row, request in enumerate(requests):
+            if request.params.logit_bias:
+                _add_biases(logits[row], request.params.logit_bias)
             if _has_penalty(request):
                 self._penalise(logits[row], request)
         token_ids = logits.argmax(dim=-1)
@@ -178,6 +180,12 @@ class Sampler:
         floor = torch.tensor([p.min_p for p in params], dtype=torch.float32)[:, None]
         floor = floor * probabilities.amax(dim=-1, keepdim=True)
         return probabilities.masked_fill_(probabilities < floor, 0.0)
+
+
+def _add_biases(logits: Tensor, biases: Mapping[int, float]) -> None:
+    """Add to one row [vocab_size], in place; a token that cannot be sampled stays so."""
+    ids = torch.tensor(list(biases), dtype=torch.int64)
+    logits[ids] += torch.tensor(list(biases.values()), dtype=torch.float32)
 
 
 def _has_penalty(request: Request) -> bool:

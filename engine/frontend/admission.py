@@ -65,14 +65,15 @@ class Admission:
         prompt: str | list[int],
         params: SamplingParams,
         options: RequestOptions = RequestOptions(),
+        name: str = "prompt",
     ) -> AddRequest:
-        """Settle tokens, seed, limit and end tokens.
+        """Settle tokens, seed, limit and end tokens. name: what errors call the prompt.
 
         Raises InvalidRequest for a prompt that is empty or holds ids that no token has, and
         ContextOverflow where prompt and output cannot fit the context or the whole cache, and
         `overflow` does not help.
         """
-        token_ids = self._token_ids(prompt, options.overflow)
+        token_ids = self._token_ids(prompt, options.overflow, name)
         num_tokens, window, max_tokens = len(token_ids), None, params.max_tokens
         if options.overflow == "truncate":
             token_ids = self._truncated(token_ids, max_tokens)
@@ -88,6 +89,13 @@ class Admission:
                     f"{len(self.tokenizer) - 1}",
                     "stop_token_ids",
                 )
+        for token_id in params.logit_bias:
+            if token_id not in self.tokenizer:
+                raise InvalidRequest(
+                    f"logit_bias holds {token_id}; the tokenizer has ids 0 to "
+                    f"{len(self.tokenizer) - 1}",
+                    "logit_bias",
+                )
         if self.engine.eos_token_id is not None and not params.ignore_eos:
             stop_token_ids.add(self.engine.eos_token_id)
         return AddRequest(
@@ -102,7 +110,8 @@ class Admission:
             truncated_tokens=num_tokens - len(token_ids),
         )
 
-    def _token_ids(self, prompt: str | list[int], overflow: Overflow) -> list[int]:
+    def _token_ids(self, prompt: str | list[int], overflow: Overflow, name: str) -> list[int]:
+        field = name.partition("[")[0]
         limit = self.engine.max_position
         what = "the context"
         if overflow != "error":
@@ -112,28 +121,26 @@ class Admission:
             # Checked before tokenising, which can take long for a text that has no spaces.
             if len(prompt) > limit * self.tokenizer.longest_token:
                 raise ContextOverflow(
-                    f"prompt has {len(prompt)} characters; {what} takes {limit} tokens, which "
+                    f"{name} has {len(prompt)} characters; {what} takes {limit} tokens, which "
                     f"cannot hold more than {limit * self.tokenizer.longest_token}",
-                    "prompt",
+                    field,
                 )
             try:
                 prompt = self.tokenizer.encode(prompt)
             except ValueError as error:
-                raise InvalidRequest(f"prompt cannot be tokenised: {error}", "prompt") from error
+                raise InvalidRequest(f"{name} cannot be tokenised: {error}", field) from error
         else:
             for at, token_id in enumerate(prompt):
                 if token_id not in self.tokenizer:
                     raise InvalidRequest(
-                        f"prompt[{at}] is {token_id}; the tokenizer has ids 0 to "
+                        f"{name}[{at}] is {token_id}; the tokenizer has ids 0 to "
                         f"{len(self.tokenizer) - 1}",
-                        "prompt",
+                        field,
                     )
         if not prompt:
-            raise InvalidRequest("prompt must hold at least one token, got none", "prompt")
+            raise InvalidRequest(f"{name} must hold at least one token, got none", field)
         if len(prompt) > limit:
-            raise ContextOverflow(
-                f"prompt has {len(prompt)} tokens; {what} takes {limit}", "prompt"
-            )
+            raise ContextOverflow(f"{name} has {len(prompt)} tokens; {what} takes {limit}", field)
         return prompt
 
     @property

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
 
 import msgspec
 import zmq.asyncio
@@ -17,12 +14,13 @@ from engine.errors import (
     EngineError,
     EngineStartError,
     EngineStarting,
+    InvalidRequest,
     PoisonedRequest,
     QueueFull,
 )
-from engine.frontend.admission import Admission, Usage
+from engine.frontend.admission import Admission
 from engine.frontend.connection import Connection
-from engine.frontend.output import OutputProcessor, TokenDelta
+from engine.frontend.stream import Stream, StreamGroup
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import (
     AbortRequest,
@@ -34,112 +32,9 @@ from engine.messages import (
     StepOutput,
     ToCore,
 )
-from engine.request import FinishReason, RequestOptions, SamplingParams
-
-
-@dataclass(slots=True)
-class Timing:
-    """Moments of a request, in seconds after it was submitted; None until they happen."""
-
-    queue: float | None = None
-    first_token: float | None = None
-    total: float | None = None
-
+from engine.request import RequestOptions, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-class Stream:
-    """The tokens of one request as they come: `async for deltas in stream`.
-
-    Each step of the loop yields every token that came since the last one, so a slow reader gets
-    fewer, larger pieces. After the loop finish_reason, usage and timing are settled. If the engine
-    dies and is not started again, the tokens that came are yielded and then EngineDead is raised.
-    Leaving early must be followed by close(), which frees the request's pages; `async with` does
-    so.
-    """
-
-    def __init__(
-        self, request: AddRequest, tokenizer: Tokenizer, close: Callable[[Stream], None]
-    ) -> None:
-        self.request_id = request.request_id
-        self.prompt_token_ids = request.prompt_token_ids
-        self.seed = request.seed
-        self._request = request
-        self.timing = Timing()
-        self._cached_tokens = 0
-        self._token_ids: list[int] = []
-        self._suspect = False
-        self._output = OutputProcessor(tokenizer, request.params, frozenset(request.stop_token_ids))
-        self._submitted = time.monotonic()
-        self._waiting: list[TokenDelta] = []
-        self._news = asyncio.Event()
-        self._error: EngineError | None = None
-        self._close = close
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the output is complete; None while it is not."""
-        return self._output.finish_reason
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        return Usage.of(self._request, self._output.num_tokens, self._cached_tokens)
-
-    def close(self) -> None:
-        """Abort, unless the request has ended."""
-        self._close(self)
-
-    def deliver(self, output: EngineOutput) -> None:
-        """Take a token, or the end without one, from the engine."""
-        now = time.monotonic() - self._submitted
-        if (delta := self._output.process(output)) is not None:
-            self._waiting.append(delta)
-            self._token_ids.append(delta.token_id)
-            self._suspect = False
-            if self.timing.first_token is None:
-                self.timing.first_token = now
-                self.timing.queue = output.queue_seconds
-                self._cached_tokens = output.cached_tokens
-        if self.finish_reason is not None:
-            self.timing.total = now
-        self._news.set()
-
-    def again(self, suspects: Sequence[str]) -> AddRequest:
-        """The request for another engine, which goes on where this stream is."""
-        self._suspect = self._suspect or self.request_id in suspects
-        return msgspec.structs.replace(
-            self._request,
-            output_token_ids=self._token_ids,
-            elapsed_s=time.monotonic() - self._submitted,
-            suspect=self._suspect,
-        )
-
-    def fail(self, error: EngineError) -> None:
-        """End the stream by an error."""
-        self._error = error
-        self._news.set()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[TokenDelta]:
-        while not self._waiting:
-            if self.finish_reason is not None:
-                raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error
-            self._news.clear()
-            await self._news.wait()
-        deltas, self._waiting = self._waiting, []
-        return deltas
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
 
 
 class AsyncEngine:
@@ -222,24 +117,71 @@ class AsyncEngine:
         options: RequestOptions = RequestOptions(),
     ) -> Stream:
         """Start a request. Raises RequestError, QueueFull or EngineError."""
+        return self.submit_all(request_id, [prompt], params, options).streams[0]
+
+    def submit_all(
+        self,
+        request_id: str,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+        num_choices: int = 1,
+        name: str = "prompt",
+    ) -> StreamGroup:
+        """Start num_choices requests for each prompt; either all of them or none.
+
+        A choice's tokens depend on the seed and its number. Without a seed each prompt draws one.
+        name: what errors call the prompt.
+        Raises RequestError, QueueFull or EngineError.
+        """
         if self._admission is None or self.ready is None:
             raise self.unready or EngineStarting("not started")
         if self._error is not None:
             raise self._error
-        limit = -(-(self.ready.max_num_seqs + self._max_queue) // self._num_workers)
-        if len(self._streams) >= limit:
-            raise QueueFull(
-                f"{len(self._streams)} requests run or wait; the limit is {limit} "
-                f"(max_num_seqs {self.ready.max_num_seqs} + max_queue {self._max_queue}"
-                f"{f', over {self._num_workers} workers' if self._num_workers > 1 else ''})"
+        self._check_room(len(prompts), num_choices)
+        requests: list[tuple[int, AddRequest]] = []
+        for at, prompt in enumerate(prompts):
+            called = f"{name}[{at}]" if len(prompts) > 1 else name
+            first = self._admission.admit(request_id, prompt, params, options, called)
+            for choice in range(num_choices):
+                number = f".{at}.{choice}" if len(prompts) * num_choices > 1 else ""
+                request = msgspec.structs.replace(
+                    first, request_id=request_id + number, choice=choice
+                )
+                requests.append((at, request))
+        news = asyncio.Event()
+        streams = []
+        for at, request in requests:
+            if request.request_id in self._streams:
+                raise ValueError(f"request id {request.request_id} is in use")
+            streams.append(
+                Stream(request, self.tokenizer, self._close_stream, prompt=at, news=news)
             )
-        if request_id in self._streams:
-            raise ValueError(f"request id {request_id} is in use")
-        request = self._admission.admit(request_id, prompt, params, options)
-        stream = Stream(request, self.tokenizer, self._close_stream)
-        self._streams[request_id] = stream
-        self._send(request)
-        return stream
+        for stream, (_, request) in zip(streams, requests, strict=True):
+            self._streams[request.request_id] = stream
+            self._send(request)
+        return StreamGroup(streams, news)
+
+    def _check_room(self, num_prompts: int, num_choices: int) -> None:
+        """Raises InvalidRequest for more than can ever be taken, QueueFull for more than now."""
+        assert self.ready is not None
+        limit = -(-(self.ready.max_num_seqs + self._max_queue) // self._num_workers)
+        of = (
+            f"{limit} (max_num_seqs {self.ready.max_num_seqs} + max_queue {self._max_queue}"
+            f"{f', over {self._num_workers} workers' if self._num_workers > 1 else ''})"
+        )
+        count = num_prompts * num_choices
+        if count > limit:
+            raise InvalidRequest(
+                f"n is {num_choices} and there are {num_prompts} prompts, {count} sequences; the "
+                f"limit is {of}",
+                "n" if num_choices > 1 else "prompt",
+            )
+        if len(self._streams) + count > limit:
+            raise QueueFull(
+                f"{len(self._streams)} requests run or wait"
+                f"{f' and {count} more are asked for' if count > 1 else ''}; the limit is {of}"
+            )
 
     async def close(self) -> None:
         """Hang up. Open streams fail."""

@@ -6,22 +6,21 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from engine.frontend.tokenizer import Tokenizer
-from server.connection import Disconnected, while_connected
+from server.answers import GenerateManyResponse, GenerateResponse, answer
+from server.collect import CLIENT_CLOSED_REQUEST, collect, json_response
 from server.content import require_json
 from server.errors import DOCUMENTED
-from server.schemas import GenerateRequest, GenerateResponse
-from server.service import Generation, ServiceDep
+from server.events import GenerateEvents
+from server.schemas import GenerateRequest, prompts_of
+from server.service import CallerDep, ServiceDep
 from server.sse import EventStream
-
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that has gone; nobody reads it."""
 
 SUCCESS: dict[int | str, dict[str, Any]] = {
     200: {
-        "model": GenerateResponse,
+        "model": GenerateResponse | GenerateManyResponse,
         "description": "Server-sent events, or one JSON body where `stream` is false. Events: "
-        "`token` with `id:` the token's index; then `done`, or `error` if it could not finish.",
+        "`token` with `id:` the token's index (`prompt.choice.index` where there are several, and "
+        "`finish` after each); then `done`, or `error` if it could not finish.",
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
@@ -41,25 +40,22 @@ router = APIRouter(tags=["generate"])
     responses=SUCCESS | DOCUMENTED,
     dependencies=[Depends(require_json)],
 )
-async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
+async def generate(
+    body: GenerateRequest, request: Request, service: ServiceDep, caller: CallerDep
+) -> Response:
     """Stream the tokens that follow a prompt; leaving early aborts the request."""
-    generation = service.generate(body.prompt, body.to_params(), body.to_options())
+    generation = service.generate(
+        prompts_of(body.prompt),
+        body.to_params(),
+        body.to_options(),
+        body.num_choices(),
+        caller=caller,
+    )
     tokenizer = service.engine.tokenizer
     if body.stream:
-        return EventStream(generation, tokenizer, service.settings.keep_alive_seconds)
-    async with generation:
-        try:
-            answer = await while_connected(request.receive, _collect(generation, tokenizer))
-        except Disconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(
-        answer.model_dump_json(exclude_unset=True),
-        headers={"X-Request-Id": answer.request_id, "Cache-Control": "no-store"},
-        media_type="application/json",
-    )
-
-
-async def _collect(generation: Generation, tokenizer: Tokenizer) -> GenerateResponse:
-    """The whole output. Raises EngineError."""
-    deltas = [delta async for some in generation for delta in some]
-    return GenerateResponse.of(generation.stream, deltas, tokenizer)
+        events = GenerateEvents(generation.streams, tokenizer, echo=body.echo)
+        return EventStream(generation, events, service.settings.keep_alive_seconds)
+    outputs = await collect(generation, request)
+    if outputs is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return json_response(answer(caller.request_id, outputs, tokenizer, echo=body.echo))

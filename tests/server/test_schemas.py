@@ -11,12 +11,12 @@ from engine.request import RequestOptions, SamplingParams
 from server.schemas import GenerateRequest
 
 SCHEMA = GenerateRequest.model_json_schema()["properties"]
-OPTIONS = [name for name in RequestOptions.__struct_fields__ if name != "cache_salt"]
+OPTIONS = [*RequestOptions.__struct_fields__]
 FIELDS = [*SamplingParams.__struct_fields__, *OPTIONS]
 
 
 def test_the_body_has_every_field_and_default() -> None:
-    assert set(SCHEMA) == {"prompt", "stream", *FIELDS}
+    assert set(SCHEMA) == {"prompt", "stream", "echo", "n", *FIELDS}
     assert GenerateRequest(prompt="a").to_params() == SamplingParams()
     assert GenerateRequest(prompt="a").to_options() == RequestOptions()
     nulls = {"stop": None, "seed": None, "max_tokens": None, "logprobs": None}
@@ -43,5 +43,5 @@ def test_documented_bounds_are_the_enforced_ones(name: str) -> None:
 
 
 def test_numeric_fields_document_their_bounds() -> None:
-    free = {"stop", "stop_token_ids", "ignore_eos", "overflow"}
+    free = {"stop", "stop_token_ids", "ignore_eos", "overflow", "logit_bias", "cache_salt"}
     assert {name for name in FIELDS if "maximum" not in SCHEMA[name]} == free
