@@ -1,0 +1,44 @@
+"""Requests made from the OpenAPI document: no fault of the server, no answer it does not document."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from engine.messages import AbortRequest, AddRequest, EngineReady, Hello
+from engine.request import FinishReason
+from tests.server.conftest import SETTINGS, running
+from tests.server.fake_engine import READY
+
+EXAMPLES = 25
+ROOM: EngineReady = READY
+
+
+async def answer_all(directory: Path, ready: asyncio.Future[int], stop: asyncio.Event) -> None:
+    """A server whose engine answers everything by one token."""
+    async with running(directory, replace(SETTINGS, max_queue=1000)) as served:
+        await served.until_ready()
+        ready.set_result(served.port)
+        while not stop.is_set():
+            try:
+                message = await served.fake.next(timeout=0.1)
+            except TimeoutError:
+                continue
+            match message:
+                case AddRequest():
+                    await served.fake.say(message, b"x", end=FinishReason.LENGTH)
+                case AbortRequest() | Hello():
+                    pass
