@@ -24,6 +24,7 @@ from engine.messages import EngineReady
 from engine.model.loader import read_config
 from loadtest.determinism import Load, compare
 from loadtest.machine import Machine
+from loadtest.quality import quality
 from loadtest.workload import Measured, Workload, run_http, run_offline, served
 
 app = typer.Typer(
@@ -248,3 +249,6 @@ def determinism(
     )
     if document["differences"]:
         raise typer.Exit(1)
+
+
+app.command()(quality)

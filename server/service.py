@@ -129,7 +129,7 @@ class Service:
             self.check_ready()
             # Not the client's X-Request-Id, which need not be unique.
             group = self.engine.submit_all(
-                uuid.uuid4().hex, prompts, params, options, num_choices, name
+                uuid.uuid4().hex, prompts, params, options, num_choices, name=name
             )
         except RopewayError as error:
             self.metrics.requests.labels(error.code).inc()

@@ -6,6 +6,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Self
 
+import msgspec
+
 from engine.errors import ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineReady
@@ -16,6 +18,7 @@ from engine.request import (
     Overflow,
     RequestOptions,
     SamplingParams,
+    Targets,
     Window,
 )
 
@@ -110,13 +113,55 @@ class Admission:
             truncated_tokens=num_tokens - len(token_ids),
         )
 
+    def admit_score(
+        self,
+        request_id: str,
+        text: str | list[int],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+        name: str = "text",
+    ) -> AddRequest:
+        """A request that ends with the log-probabilities of a text's tokens from `first` on.
+
+        It generates one token, which means nothing: the last token of the text is only looked for,
+        and the engine samples behind the one before it. top: likeliest tokens to give beside each.
+        Raises InvalidRequest and ContextOverflow as above, and where there is nothing to score.
+        """
+        if options.overflow == "truncate":
+            raise InvalidRequest(
+                "overflow must be error or shift where a text is scored; got 'truncate'", "overflow"
+            )
+        token_ids = self._token_ids(text, options.overflow, name)
+        field = name.partition("[")[0]
+        if not 1 <= first < len(token_ids):
+            raise InvalidRequest(
+                f"{name} must have more tokens than the {max(first, 1)} before the first that is "
+                f"scored, got {len(token_ids)}",
+                field,
+            )
+        if options.overflow == "error" and len(token_ids) > self._limit + 1:
+            raise ContextOverflow(
+                f"{name} has {len(token_ids)} tokens; the cache of {self._limit} tokens takes "
+                f"{self._limit + 1}",
+                field,
+            )
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=top)
+        request = self.admit(request_id, token_ids[:-1], params, options)
+        targets = Targets(first - 1, token_ids[first:])
+        return msgspec.structs.replace(request, targets=targets)
+
     def _token_ids(self, prompt: str | list[int], overflow: Overflow, name: str) -> list[int]:
+        """name: a `prompt`, or a `text` of which the last token is not computed, so that it may
+        have one more."""
         field = name.partition("[")[0]
         limit = self.engine.max_position
         what = "the context"
         if overflow != "error":
             limit *= MAX_CONTEXTS
             what = f"overflow {overflow!r} with a context of {self.engine.max_position}"
+        limit += field == "text"
         if isinstance(prompt, str):
             # Checked before tokenising, which can take long for a text that has no spaces.
             if len(prompt) > limit * self.tokenizer.longest_token:

@@ -32,7 +32,7 @@ from engine.messages import (
     StepOutput,
     ToCore,
 )
-from engine.request import RequestOptions, SamplingParams
+from engine.request import RequestOptions, SamplingParams, Targets
 
 logger = logging.getLogger(__name__)
 
@@ -126,43 +126,100 @@ class AsyncEngine:
         params: SamplingParams,
         options: RequestOptions = RequestOptions(),
         num_choices: int = 1,
+        *,
         name: str = "prompt",
+        score_prompts: bool = False,
     ) -> StreamGroup:
         """Start num_choices requests for each prompt; either all of them or none.
 
         A choice's tokens depend on the seed and its number. Without a seed each prompt draws one.
-        name: what errors call the prompt.
-        Raises RequestError, QueueFull or EngineError.
+        name: what errors call the prompt. score_prompts: the `scores` of each first choice are the
+        log-probabilities of its prompt's tokens but the first. Raises RequestError, QueueFull or
+        EngineError.
         """
+
+        def admit(admission: Admission, at: int, called: str) -> list[AddRequest]:
+            first = admission.admit(request_id, prompts[at], params, options, called)
+            requests = [msgspec.structs.replace(first, choice=each) for each in range(num_choices)]
+            if score_prompts and len(first.prompt_token_ids) > 1:
+                targets = Targets(0, first.prompt_token_ids[1:])
+                requests[0] = msgspec.structs.replace(first, targets=targets)
+            return requests
+
+        return self._enter(len(prompts), num_choices, name, admit)
+
+    def score(
+        self,
+        request_id: str,
+        text: str | list[int],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+    ) -> Stream:
+        """Start the scoring of a text; see score_all."""
+        return self.score_all(request_id, [text], options, first=first, top=top).streams[0]
+
+    def score_all(
+        self,
+        request_id: str,
+        texts: Sequence[str | list[int]],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+        name: str = "text",
+    ) -> StreamGroup:
+        """Start the scoring of texts; see Admission.admit_score. When a stream has ended, `scores`
+        holds the log-probabilities of its tokens from `first` on; what it generates means nothing.
+
+        name: what errors call a text. Raises RequestError, QueueFull or EngineError.
+        """
+
+        def admit(admission: Admission, at: int, called: str) -> list[AddRequest]:
+            return [
+                admission.admit_score(
+                    request_id, texts[at], options, first=first, top=top, name=called
+                )
+            ]
+
+        return self._enter(len(texts), 1, name, admit)
+
+    def _enter(
+        self,
+        num_prompts: int,
+        num_choices: int,
+        name: str,
+        admit: Callable[[Admission, int, str], list[AddRequest]],
+    ) -> StreamGroup:
+        """Let in all choices of all prompts, or none. admit: the requests of one prompt, by its
+        place and what errors call it."""
         if self._admission is None or self.ready is None:
             raise self.unready or EngineStarting("not started")
         if self._error is not None:
             raise self._error
-        self._check_room(len(prompts), num_choices)
-        requests: list[tuple[int, AddRequest]] = []
-        for at, prompt in enumerate(prompts):
-            called = f"{name}[{at}]" if len(prompts) > 1 else name
-            first = self._admission.admit(request_id, prompt, params, options, called)
-            for choice in range(num_choices):
-                number = f".{at}.{choice}" if len(prompts) * num_choices > 1 else ""
-                request = msgspec.structs.replace(
-                    first, request_id=request_id + number, choice=choice
-                )
-                requests.append((at, request))
+        self._check_room(num_prompts, num_choices, name)
         news = asyncio.Event()
-        streams = []
-        for at, request in requests:
-            if request.request_id in self._streams:
-                raise ValueError(f"request id {request.request_id} is in use")
-            streams.append(
-                Stream(request, self.tokenizer, self._close_stream, prompt=at, news=news)
-            )
-        for stream, (_, request) in zip(streams, requests, strict=True):
-            self._streams[request.request_id] = stream
-            self._send(request)
-        return StreamGroup(streams, news)
+        group: dict[str, tuple[AddRequest, Stream]] = {}
+        for at in range(num_prompts):
+            called = f"{name}[{at}]" if num_prompts > 1 else name
+            for request in admit(self._admission, at, called):
+                request_id = request.request_id
+                if num_prompts * num_choices > 1:
+                    request_id = f"{request_id}.{at}.{request.choice}"
+                if request_id in self._streams:
+                    raise ValueError(f"request id {request_id} is in use")
+                added = msgspec.structs.replace(request, request_id=request_id)
+                group[request_id] = (
+                    added,
+                    Stream(added, self.tokenizer, self._close_stream, prompt=at, news=news),
+                )
+        for request_id, (added, stream) in group.items():
+            self._streams[request_id] = stream
+            self._send(added)
+        return StreamGroup([stream for _, stream in group.values()], news)
 
-    def _check_room(self, num_prompts: int, num_choices: int) -> None:
+    def _check_room(self, num_prompts: int, num_choices: int, name: str) -> None:
         """Raises InvalidRequest for more than can ever be taken, QueueFull for more than now."""
         assert self.ready is not None
         limit = -(-(self.ready.max_num_seqs + self._max_queue) // self._num_workers)
@@ -173,9 +230,9 @@ class AsyncEngine:
         count = num_prompts * num_choices
         if count > limit:
             raise InvalidRequest(
-                f"n is {num_choices} and there are {num_prompts} prompts, {count} sequences; the "
+                f"{num_prompts} times {name}, with {num_choices} choices each, are {count} sequences; the "
                 f"limit is {of}",
-                "n" if num_choices > 1 else "prompt",
+                "n" if num_choices > 1 else name,
             )
         if len(self._streams) + count > limit:
             raise QueueFull(

@@ -14,7 +14,7 @@ from engine.errors import EngineError
 from engine.frontend.admission import Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import AddRequest, EngineOutput
+from engine.messages import AddRequest, EngineOutput, TokenLogprobs
 from engine.request import FinishReason
 
 
@@ -47,10 +47,10 @@ class Stream:
     """The tokens of one request as they come: `async for deltas in stream`.
 
     Each step of the loop yields every token that came since the last one, so a slow reader gets
-    fewer, larger pieces. After the loop finish_reason, usage and timing are settled. If the engine
-    dies and is not started again, the tokens that came are yielded and then EngineDead is raised.
-    Leaving early must be followed by close(), which frees the request's pages; `async with` does
-    so.
+    fewer, larger pieces. After the loop finish_reason, usage and timing are settled, and scores
+    where a text was to be scored. If the engine dies and is not started again, the tokens that came
+    are yielded and then EngineDead is raised. Leaving early must be followed by close(), which
+    frees the request's pages; `async with` does so.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Stream:
         self.seed = request.seed
         self.prompt = prompt
         self.choice = request.choice
+        self.scores: list[TokenLogprobs] | None = None
         self.timing = Timing()
         self.error: EngineError | None = None
         self.submitted = time.monotonic()
@@ -106,6 +107,7 @@ class Stream:
                 self.timing.first_token = now
                 self.timing.queue = output.queue_seconds
                 self._cached_tokens = output.cached_tokens
+                self.scores = output.scores
         if self.finish_reason is not None:
             self.timing.total = now
         self._news.set()
@@ -118,6 +120,7 @@ class Stream:
             output_token_ids=self._token_ids,
             elapsed_s=time.monotonic() - self.submitted,
             suspect=self._suspect,
+            targets=None if self._token_ids else self._request.targets,
         )
 
     def fail(self, error: EngineError) -> None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.messages import (
     EngineOutput,
     EngineStats,
-    SampledToken,
     ScheduledRequest,
     SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
 )
-from engine.request import SINK_BLOCKS, FinishReason, Request, RequestStatus
+from engine.request import FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix_cache import CachedPage
 
@@ -45,6 +46,7 @@ class Scheduler:
         self._released: list[str] = []
         self._deadlines: list[tuple[float, str]] = []  # soonest first
         self._ended: list[EngineOutput] = []  # without a token, in this step
+        self._scores: dict[str, list[TokenLogprobs]] = {}  # until the request's next token
         self._numbers = count()
         self._steps = 0
         self._preemptions = 0
@@ -140,13 +142,16 @@ class Scheduler:
             self._take(suspect, self.config.max_num_batched_tokens, scheduled)
         return True
 
-    def update(self, step: SchedulerOutput, sampled: Sequence[SampledToken]) -> list[EngineOutput]:
-        """Take in what a step computed: `sampled` in the order of the scheduled that sample."""
+    def update(self, step: SchedulerOutput, result: StepResult) -> list[EngineOutput]:
+        """Take in what a step computed."""
         outputs, self._ended = self._ended, []
-        tokens = iter(sampled)
+        tokens = iter(result.sampled)
         for item in step.scheduled:
             request = item.request
             request.num_computed_tokens += item.num_tokens
+            if scores := result.scores.get(request.request_id):
+                request.num_scored += len(scores)
+                self._scores.setdefault(request.request_id, []).extend(scores)
             self._remember(request)
             if not item.samples:
                 continue
@@ -163,6 +168,7 @@ class Scheduler:
                 request.finish_reason = FinishReason.STOP
             elif request.num_output_tokens >= request.max_tokens:
                 request.finish_reason = FinishReason.LENGTH
+            all_scores = self._scores.pop(request.request_id, None)
             if request.finish_reason is not None:
                 self._forget(request)
             outputs.append(
@@ -174,6 +180,7 @@ class Scheduler:
                     token.logprobs,
                     queue_seconds,
                     request.num_cached_tokens if index == 0 else 0,
+                    all_scores,
                 )
             )
         return outputs
@@ -265,7 +272,7 @@ class Scheduler:
         dropped = request.window.num_dropped_blocks(request.num_computed_tokens)
         if dropped > request.num_dropped_blocks:
             request.num_dropped_blocks += 1
-            self.pool.release([request.block_table.pop(SINK_BLOCKS)])
+            self.pool.release([request.block_table.pop(request.window.num_sinks)])
             request.bases.pop()
 
     def _missing_blocks(self, request: Request) -> int:
@@ -309,8 +316,11 @@ class Scheduler:
 
     def _known_pages(self, request: Request) -> list[CachedPage]:
         """Cached pages of a request's beginning; never all of it, since its last token is what the
-        next one is computed from, and nothing behind which pages were dropped."""
+        next one is computed from, nothing behind which pages were dropped, and nothing that is to
+        be scored."""
         max_blocks = (_reach(request) - 1) // self.pool.block_size
+        if request.next_scored is not None:
+            max_blocks = min(max_blocks, request.next_scored // self.pool.block_size)
         return self.pool.match(request.origin, request.token_ids, max_blocks)
 
     def _share(self, request: Request, pages: list[CachedPage]) -> None:
@@ -358,6 +368,7 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         self._release_blocks(request)
         self._released.append(request.request_id)
+        self._scores.pop(request.request_id, None)
         del self._requests[request.request_id]
 
 
