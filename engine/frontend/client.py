@@ -230,8 +230,8 @@ class AsyncEngine:
         count = num_prompts * num_choices
         if count > limit:
             raise InvalidRequest(
-                f"{num_prompts} times {name}, with {num_choices} choices each, are {count} sequences; the "
-                f"limit is {of}",
+                f"{num_prompts} times {name}, with {num_choices} choices each, are {count} "
+                f"sequences; the limit is {of}",
                 "n" if num_choices > 1 else name,
             )
         if len(self._streams) + count > limit:

@@ -1,4 +1,4 @@
-"""Requests made from the OpenAPI document: no fault of the server, no answer it does not document."""
+"""Requests made from the OpenAPI document: no fault of the server, no undocumented answer."""
 
 from __future__ import annotations
 
