@@ -21,7 +21,7 @@ from server.identity import RequestIds
 from server.keys import KeyRing
 from server.limits import BodyLimit
 from server.quota import Quota
-from server.routes import generate, openai, ops
+from server.routes import generate, openai, ops, score
 from server.service import Service
 from server.settings import ServerSettings
 
@@ -77,6 +77,7 @@ def create_app(
         )
     app.include_router(generate.router)
     app.include_router(openai.router)
+    app.include_router(score.router)
     app.include_router(ops.router)
     errors.install(app)
     return app

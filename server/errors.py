@@ -36,10 +36,12 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
     for status, description in {
         400: "The body is not JSON.",
+        401: "The server needs an API key, and this is none.",
         413: "The body is too large.",
         415: "The body is not said to be JSON.",
         422: "A field is unknown, of the wrong type or out of range, or the context is too short.",
-        429: "Too many requests wait already; Retry-After says when to try again.",
+        429: "Too many requests wait already, or the key has used up what it may; Retry-After says "
+        "when to try again.",
         500: "A fault of the server; or the engine died of this request, also alone.",
         503: "The engine is starting or gone, or the server is shutting down.",
     }.items()

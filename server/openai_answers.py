@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.frontend.output import TokenDelta
+from engine.frontend.output import Detokenizer, TokenDelta
 from engine.frontend.stream import Stream
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import TokenLogprobs
@@ -34,24 +34,28 @@ class OpenAIUsage:
     prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, streams: Sequence[Stream]) -> OpenAIUsage:
-        """Of streams that have ended."""
+    def of(cls, streams: Sequence[Stream], *, prompt_only: bool = False) -> OpenAIUsage:
+        """Of streams that have ended. prompt_only: what they generated was not asked for."""
         usage = UsageBody.total(streams)
+        completion_tokens = 0 if prompt_only else usage.completion_tokens
         return cls(
             usage.prompt_tokens,
-            usage.completion_tokens,
-            usage.total_tokens,
+            completion_tokens,
+            usage.prompt_tokens + completion_tokens,
             PromptTokensDetails(usage.cached_tokens),
         )
 
 
 @dataclass(frozen=True)
 class CompletionLogprobs:
-    """Of each token, in order. text_offset: where its text begins, in characters."""
+    """Of each token, in order; None for the first of a prompt, which nothing is before.
+
+    text_offset: where its text begins, in characters.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -202,6 +206,34 @@ def completion_logprobs(
             for _, logprobs in known
         ],
         offsets,
+    )
+
+
+def joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
+    """Those of a prompt and of what follows it."""
+    return CompletionLogprobs(
+        [token for part in parts for token in part.tokens],
+        [logprob for part in parts for logprob in part.token_logprobs],
+        [top for part in parts for top in part.top_logprobs],
+        [offset for part in parts for offset in part.text_offset],
+    )
+
+
+def prompt_logprobs(
+    token_ids: Sequence[int], scores: Sequence[TokenLogprobs], tokenizer: Tokenizer
+) -> CompletionLogprobs:
+    """Of a prompt; scores: of its tokens but the first."""
+    tokens = [token_text(token_id, tokenizer) for token_id in token_ids]
+    offsets, decoder, offset = [], Detokenizer(tokenizer), 0
+    for token_id in token_ids:
+        offsets.append(offset)
+        offset += len(decoder.push(token_id))
+    tops = [
+        {token_text(token_id, tokenizer): logprob for token_id, logprob in score.top}
+        for score in scores
+    ]
+    return CompletionLogprobs(
+        tokens, [None, *(score.logprob for score in scores)], [None, *tops], offsets
     )
 
 

@@ -27,10 +27,11 @@ from server.openai_answers import (
     ChatCompletion,
     Completion,
     CompletionChoice,
-    CompletionLogprobs,
     OpenAIUsage,
     chat_logprobs,
     completion_logprobs,
+    joined,
+    prompt_logprobs,
 )
 
 DONE = b"data: [DONE]\n\n"
@@ -70,6 +71,9 @@ class OpenAIEvents(ABC):
     def _finished(self, stream: Stream) -> object:
         """The last choice of a stream."""
 
+    def _usage(self) -> OpenAIUsage:
+        return OpenAIUsage.of(self._streams)
+
     def _index(self, stream: Stream) -> int:
         """Choices are counted over all prompts."""
         return stream.prompt * self._num_choices + stream.choice
@@ -85,7 +89,7 @@ class OpenAIEvents(ABC):
         """The usage, where it was asked for, and the end."""
         if not self._include_usage:
             return DONE
-        return self._data(self._chunk([], OpenAIUsage.of(self._streams))) + DONE
+        return self._data(self._chunk([], self._usage())) + DONE
 
     def error(self, error: EngineError) -> bytes:
         """No [DONE] follows."""
@@ -98,60 +102,81 @@ class CompletionEvents(OpenAIEvents):
 
     prefix = "cmpl"
 
-    def __init__(self, *args: Any, echo: bool, **settings: Any) -> None:
-        """echo: each text begins with its prompt."""
+    def __init__(
+        self, *args: Any, echo: bool, logprobs: bool, prompt_only: bool = False, **settings: Any
+    ) -> None:
+        """echo: each text begins with its prompt, scored where logprobs are asked for; prompt_only:
+        and ends with it."""
         super().__init__(*args, **settings)
         self._echo = echo
+        self._logprobs = logprobs
+        self._prompt_only = prompt_only
         self._offsets = dict.fromkeys(self._streams, 0)
+        self._to_echo = set(self._streams if echo else ())
 
     def _chunk(self, choices: list[Any], usage: OpenAIUsage | None = None) -> Completion:
         return Completion(**self._head, choices=choices, usage=usage)
 
+    def _usage(self) -> OpenAIUsage:
+        return OpenAIUsage.of(self._streams, prompt_only=self._prompt_only)
+
     def _finished(self, stream: Stream) -> CompletionChoice:
         return CompletionChoice(self._index(stream), "", None, stream.finish_reason)
 
-    def _prompt(self, stream: Stream) -> str:
-        return self._tokenizer.decode(stream.prompt_token_ids) if self._echo else ""
+    def begin(self) -> bytes:
+        """The prompts, where they are to be echoed; their log-probabilities come later."""
+        if not self._echo or self._logprobs:
+            return b""
+        return self._data(self._chunk([self._prompt(stream) for stream in self._streams]))
 
-    def _logprobs(
-        self, stream: Stream, deltas: Sequence[TokenDelta]
-    ) -> tuple[str, CompletionLogprobs | None]:
-        """The text of some tokens, and what is known of each."""
+    def _prompt(self, stream: Stream) -> CompletionChoice:
+        """The prompt of a stream, now that it is to be shown."""
+        self._to_echo.discard(stream)
+        token_ids = stream.prompt_token_ids
+        text = self._tokenizer.decode(token_ids)
+        self._offsets[stream] = len(text)
+        logprobs = (
+            prompt_logprobs(token_ids, stream.scores or [], self._tokenizer)
+            if self._logprobs
+            else None
+        )
+        return CompletionChoice(self._index(stream), text, logprobs, None)
+
+    def _continuation(self, stream: Stream, deltas: Sequence[TokenDelta]) -> CompletionChoice:
+        """What some tokens add."""
+        if self._prompt_only:
+            deltas = ()
         text = "".join(delta.text for delta in deltas)
         logprobs = completion_logprobs(deltas, self._offsets[stream], self._tokenizer)
         self._offsets[stream] += len(text)
-        return text, logprobs
-
-    def begin(self) -> bytes:
-        """The prompts, where they are to be echoed."""
-        if not self._echo:
-            return b""
-        choices = []
-        for stream in self._streams:
-            text = self._prompt(stream)
-            self._offsets[stream] = len(text)
-            choices.append(CompletionChoice(self._index(stream), text, None, None))
-        return self._data(self._chunk(choices))
+        return CompletionChoice(self._index(stream), text, logprobs, None)
 
     def tokens(self, stream: Stream, deltas: Sequence[TokenDelta]) -> bytes:
         """One chunk for what came together; none for tokens that show nothing."""
-        text, logprobs = self._logprobs(stream, deltas)
-        if not text and logprobs is None:
-            return b""
-        choice = CompletionChoice(self._index(stream), text, logprobs, None)
-        return self._data(self._chunk([choice]))
+        choices = [self._prompt(stream)] if stream in self._to_echo else []
+        choices.append(self._continuation(stream, deltas))
+        return b"".join(
+            self._data(self._chunk([choice]))
+            for choice in choices
+            if choice.text or choice.logprobs is not None
+        )
 
     def body(self, outputs: Outputs) -> bytes:
         """The whole answer."""
         choices = []
         for stream, deltas in outputs:
-            prompt = self._prompt(stream)
-            self._offsets[stream] = len(prompt)
-            text, logprobs = self._logprobs(stream, deltas)
+            parts = [self._prompt(stream)] if self._echo else []
+            parts.append(self._continuation(stream, deltas))
+            known = [part.logprobs for part in parts if part.logprobs is not None]
             choices.append(
-                CompletionChoice(self._index(stream), prompt + text, logprobs, stream.finish_reason)
+                CompletionChoice(
+                    self._index(stream),
+                    "".join(part.text for part in parts),
+                    joined(known) if known else None,
+                    stream.finish_reason,
+                )
             )
-        return self._encode(self._chunk(choices, OpenAIUsage.of(self._streams)))
+        return self._encode(self._chunk(choices, self._usage()))
 
 
 class ChatEvents(OpenAIEvents):

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.errors import InvalidRequest
-from engine.request import MAX_INT, MAX_LOGPROBS
+from engine.request import MAX_INT, MAX_LOGPROBS, SamplingParams
 from server.schemas import LogprobsField, Prompts, RequestModel, SamplingFields, bounds
 
 MAX_MESSAGES = 1024
@@ -69,9 +69,13 @@ class CompletionRequest(OpenAIRequest, LogprobsField):
 
     prompt: Prompts = Field(description="Text, token ids, or a list of such prompts.")
     max_tokens: int | None = Field(
-        16, description="Tokens to generate.", json_schema_extra=bounds(1, MAX_INT)
+        16,
+        description="Tokens to generate; 0 with `echo`: only the prompt.",
+        json_schema_extra=bounds(0, MAX_INT),
     )
-    echo: bool = Field(False, description="Begin each text with its prompt.")
+    echo: bool = Field(
+        False, description="Begin each text with its prompt; `logprobs` are then given for it too."
+    )
     best_of: int | None = Field(None, description="Must be `n`: nothing is chosen from more.")
 
     def check(self) -> None:
@@ -82,10 +86,20 @@ class CompletionRequest(OpenAIRequest, LogprobsField):
                 f"supported",
                 "best_of",
             )
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest(
-                "echo with logprobs is not supported: there are none for the prompt", "echo"
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens must be at least 1 without echo, got 0", "max_tokens")
+
+    @property
+    def prompt_only(self) -> bool:
+        """Nothing is to be generated: the prompt is to be shown, or scored."""
+        return self.max_tokens == 0
+
+    def to_params(self) -> SamplingParams:
+        """Checked sampling parameters; the engine generates at least one token. Raises
+        InvalidRequest."""
+        if not self.prompt_only:
+            return super().to_params()
+        return self.model_copy(update={"max_tokens": 1, "ignore_eos": True}).to_params()
 
 
 def _content(value: object) -> object:

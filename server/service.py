@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -116,21 +116,54 @@ class Service:
         *,
         caller: Caller,
         name: str = "prompt",
+        score_prompts: bool = False,
     ) -> Generation:
-        """Start a request. name: what errors call its prompt.
+        """Start a request; see AsyncEngine.submit_all.
 
         A caller with a key shares cached prompts with nobody else, unless the operator says so.
         Raises RequestError, QueueFull or EngineError.
         """
-        if caller.key is not None and not self.settings.share_prefix_cache:
-            salt = caller.key.salt(options.cache_salt)
-            options = msgspec.structs.replace(options, cache_salt=salt)
+        options = self._salted(options, caller)
+        return self._start(
+            lambda request_id: self.engine.submit_all(
+                request_id,
+                prompts,
+                params,
+                options,
+                num_choices,
+                name=name,
+                score_prompts=score_prompts,
+            )
+        )
+
+    def score(
+        self,
+        texts: Sequence[str | list[int]],
+        options: RequestOptions,
+        *,
+        caller: Caller,
+        first: int,
+        top: int,
+    ) -> Generation:
+        """Score texts; see AsyncEngine.score_all. Raises as generate() does."""
+        options = self._salted(options, caller)
+        return self._start(
+            lambda request_id: self.engine.score_all(
+                request_id, texts, options, first=first, top=top
+            )
+        )
+
+    def _salted(self, options: RequestOptions, caller: Caller) -> RequestOptions:
+        if caller.key is None or self.settings.share_prefix_cache:
+            return options
+        salt = caller.key.salt(options.cache_salt)
+        return msgspec.structs.replace(options, cache_salt=salt)
+
+    def _start(self, submit: Callable[[str], StreamGroup]) -> Generation:
         try:
             self.check_ready()
             # Not the client's X-Request-Id, which need not be unique.
-            group = self.engine.submit_all(
-                uuid.uuid4().hex, prompts, params, options, num_choices, name=name
-            )
+            group = submit(uuid.uuid4().hex)
         except RopewayError as error:
             self.metrics.requests.labels(error.code).inc()
             raise

@@ -133,18 +133,17 @@ class AsyncEngine:
         """Start num_choices requests for each prompt; either all of them or none.
 
         A choice's tokens depend on the seed and its number. Without a seed each prompt draws one.
-        name: what errors call the prompt. score_prompts: the `scores` of each first choice are the
-        log-probabilities of its prompt's tokens but the first. Raises RequestError, QueueFull or
-        EngineError.
+        name: what errors call the prompt. score_prompts: from its first token on, a stream's
+        `scores` are the log-probabilities of its prompt's tokens but the first. Raises
+        RequestError, QueueFull or EngineError.
         """
 
         def admit(admission: Admission, at: int, called: str) -> list[AddRequest]:
             first = admission.admit(request_id, prompts[at], params, options, called)
-            requests = [msgspec.structs.replace(first, choice=each) for each in range(num_choices)]
             if score_prompts and len(first.prompt_token_ids) > 1:
                 targets = Targets(0, first.prompt_token_ids[1:])
-                requests[0] = msgspec.structs.replace(first, targets=targets)
-            return requests
+                first = msgspec.structs.replace(first, targets=targets)
+            return [msgspec.structs.replace(first, choice=each) for each in range(num_choices)]
 
         return self._enter(len(prompts), num_choices, name, admit)
 

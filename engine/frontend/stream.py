@@ -83,6 +83,12 @@ class Stream:
         self._close = close
 
     @property
+    def target_token_ids(self) -> list[int]:
+        """The tokens that `scores` are of, in order; none where nothing is scored."""
+        targets = self._request.targets
+        return [] if targets is None else targets.token_ids
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why the output is complete; None while it is not."""
         return self._output.finish_reason

@@ -34,7 +34,7 @@ def _success(body: type) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def _served(service: Service, model: str | None = None) -> EngineReady:
+def served_model(service: Service, model: str | None = None) -> EngineReady:
     """What is served. Raises EngineError; ApiError for a model that it is not."""
     service.check_ready()
     ready = service.engine.ready
@@ -50,7 +50,7 @@ def _served(service: Service, model: str | None = None) -> EngineReady:
 
 
 def _model(service: Service, model: str | None = None) -> Model:
-    ready = _served(service, model)
+    ready = served_model(service, model)
     return Model(id=ready.model, created=service.started, max_model_len=ready.max_position)
 
 
@@ -79,12 +79,17 @@ async def completions(
     body: CompletionRequest, request: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
     """Continue a prompt, as OpenAI's completions do."""
-    ready = _served(service, body.model)
+    ready = served_model(service, body.model)
     body.check()
     include_usage = body.include_usage
     num_choices = body.num_choices()
     generation = service.generate(
-        prompts_of(body.prompt), body.to_params(), body.to_options(), num_choices, caller=caller
+        prompts_of(body.prompt),
+        body.to_params(),
+        body.to_options(),
+        num_choices,
+        caller=caller,
+        score_prompts=body.echo and body.logprobs is not None,
     )
     events = CompletionEvents(
         caller.request_id,
@@ -94,6 +99,8 @@ async def completions(
         service.engine.tokenizer,
         include_usage=include_usage,
         echo=body.echo,
+        logprobs=body.logprobs is not None,
+        prompt_only=body.prompt_only,
     )
     if body.stream:
         return EventStream(generation, events, service.settings.keep_alive_seconds)
@@ -110,7 +117,7 @@ async def chat(
     body: ChatRequest, request: Request, service: ServiceDep, caller: CallerDep
 ) -> Response:
     """Answer a conversation; the model's chat template makes a prompt of it."""
-    ready = _served(service, body.model)
+    ready = served_model(service, body.model)
     body.check()
     include_usage = body.include_usage
     params = body.to_params()

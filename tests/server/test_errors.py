@@ -178,13 +178,14 @@ async def test_a_full_queue(served: Served) -> None:
 async def test_a_bug_is_a_500_in_the_same_shape(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret")
 
     monkeypatch.setattr(served.service, "generate", broken)
     response = await served.http.post("/generate", json={"prompt": "a"})
     check(response, 500, "internal_error", None)
     assert "secret" not in response.text
+    assert len(response.headers["x-request-id"]) == 32
     assert "secret" in caplog.text
 
 
@@ -205,7 +206,7 @@ async def test_the_documents(served: Served) -> None:
     assert (await served.http.get("/docs")).status_code == 200
     document = (await served.http.get("/openapi.json")).json()
     answers = document["paths"]["/generate"]["post"]["responses"]
-    assert {"200", "400", "413", "415", "422", "429", "500", "503"} == set(answers)
+    assert {"200", "400", "401", "413", "415", "422", "429", "500", "503"} == set(answers)
     assert set(answers["200"]["content"]) == {"text/event-stream", "application/json"}
     for status in answers.keys() - {"200"}:
         schema = answers[status]["content"]["application/json"]["schema"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -30,12 +31,15 @@ async def playing(served: Served, *, logprobs: bool = False) -> AsyncIterator[li
         while True:
             request = await served.fake.expect(AddRequest, timeout=30)
             asked.append(request)
+            scores = None
+            if request.targets is not None:
+                scores = [TokenLogprobs(-float(each), []) for each in request.targets.token_ids]
             text = TEXT[request.choice :][: request.max_tokens]
             for index, token_id in enumerate(text):
                 end = FinishReason.LENGTH if index == len(text) - 1 else None
                 known = TokenLogprobs(-0.5, [(token_id, -0.5), (0xC3, -1.5)]) if logprobs else None
                 await served.fake.step(
-                    EngineOutput(request.request_id, index, token_id, end, known, 0.0, index)
+                    EngineOutput(request.request_id, index, token_id, end, known, 0.0, 0, scores)
                 )
 
     playing = asyncio.create_task(play())
@@ -140,6 +144,81 @@ async def test_logprobs_of_completions(served: Served, stream: bool) -> None:
     assert [at for each in found for at in each.text_offset] == [0, 1, 2, 3, 4]
     assert found[0].token_logprobs[0] == -0.5
     assert found[0].top_logprobs[0] == {"h": -0.5, "bytes:\\xc3": -1.5}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_echo_with_logprobs_scores_the_prompt(
+    served: Served, stream: bool, max_tokens: int
+) -> None:
+    """As evaluation harnesses ask for it."""
+    async with playing(served, logprobs=True) as asked, client_of(served) as client:
+        answer: Any = await client.completions.create(
+            model="fake",
+            prompt="abc",
+            echo=True,
+            logprobs=0,
+            max_tokens=max_tokens,
+            stream=stream,
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+        )
+        chunks = [chunk async for chunk in answer] if stream else [answer]
+    assert asked[0].targets is not None
+    assert asked[0].targets.token_ids == [*b"bc"]
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    logprobs = [choice.logprobs for choice in choices if choice.logprobs]
+    values = [value for each in logprobs for value in each.token_logprobs]
+    assert values == [None, -98.0, -99.0, -0.5, -0.5][: 3 + max_tokens]
+    assert [t for each in logprobs for t in each.tokens] == [*"abche"][: 3 + max_tokens]
+    assert [at for each in logprobs for at in each.text_offset] == [*range(3 + max_tokens)]
+    assert "".join(choice.text for choice in choices) == "abche"[: 3 + max_tokens]
+    assert chunks[-1].usage.completion_tokens == max_tokens
+
+
+async def test_scores(served: Served) -> None:
+    async with playing(served):
+        body = {"text": ["abc", [1, 2, 3, 4]], "top_logprobs": 1}
+        answer = (await served.http.post("/v1/score", json=body)).json()
+    first, second = answer["scores"]
+    assert [token["token_id"] for token in first["logprobs"]] == [*b"bc"]
+    assert [token["logprob"] for token in first["logprobs"]] == [-98.0, -99.0]
+    assert (first["logprob"], first["num_scored"]) == (-197.0, 2)
+    assert second["perplexity"] == pytest.approx(math.exp(3))
+    assert answer["usage"]["prompt_tokens"] == 7
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "text", "required"),
+        ({"text": "a"}, "text", "must have more tokens than the 1"),
+        ({"text": ["ab", "a"]}, "text", "text[1] must have more"),
+        ({"text": "abc", "first": 0}, "first", "at least 1"),
+        ({"text": "abc", "first": 3}, "text", "more tokens than the 3"),
+        ({"text": "abc", "top_logprobs": 21}, "top_logprobs", "at most 20"),
+        ({"text": "abc", "overflow": "truncate"}, "overflow", "error"),
+        ({"text": "a" * 66}, "text", "66"),
+        ({"text": "abc", "temperature": 1}, "temperature", "not a field"),
+    ],
+)
+async def test_what_cannot_be_scored(
+    large: Served, body: dict[str, Any], param: str, words: str
+) -> None:
+    response = await large.http.post("/v1/score", json=body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+async def test_a_score_that_timed_out_is_an_error(served: Served) -> None:
+    body = {"text": "abc", "timeout_s": 0.5}
+    asking = asyncio.create_task(served.http.post("/v1/score", json=body))
+    request = await served.fake.expect(AddRequest)
+    await served.fake.step(EngineOutput(request.request_id, 0, None, FinishReason.TIMEOUT))
+    answer = await asking
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "timeout_s")
 
 
 async def test_a_chat(served: Served) -> None:
@@ -248,7 +327,7 @@ MESSAGES = [{"role": "user", "content": "a"}]
 WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     ("completions", {"prompt": "a", "best_of": 3}, "best_of", "got 3"),
-    ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "logprobs"),
+    ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "without echo"),
     ("completions", {"prompt": "a", "stream_options": {}}, "stream_options", "stream"),
     ("completions", {"prompt": "a", "nonsense": 1}, "nonsense", "not a field"),
     ("completions", {"prompt": "a", "temperature": 101}, "temperature", "101"),
