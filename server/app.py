@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from engine.frontend.client import AsyncEngine
 from server import errors
@@ -20,6 +21,7 @@ from server.identity import HEADER as REQUEST_ID
 from server.identity import RequestIds
 from server.keys import KeyRing
 from server.limits import BodyLimit
+from server.logs import AccessLog
 from server.quota import Quota
 from server.routes import generate, openai, ops, score
 from server.service import Service
@@ -31,11 +33,13 @@ def create_app(
     chat: ChatTemplate,
     settings: ServerSettings,
     exited: Callable[[], int | None],
+    tracing: Callable[[ASGIApp], ASGIApp] | None = None,
 ) -> FastAPI:
     """An application that starts the engine's connection with itself and closes it at its end.
 
     It listens while the engine loads its model: /health says 200 then and /ready 503.
-    exited: the engine process's exit status, None while it lives. Raises ConfigError for a file of
+    exited: the engine process's exit status, None while it lives. tracing: wraps an application
+    in one that records spans. Raises ConfigError for a file of
     keys that cannot be used.
     """
 
@@ -66,6 +70,9 @@ def create_app(
     if ring is not None and quota is not None:
         app.add_middleware(Authentication, ring=ring, quota=quota)
     app.add_middleware(SecurityHeaders)
+    if tracing is not None:
+        app.add_middleware(tracing)
+    app.add_middleware(AccessLog)
     app.add_middleware(RequestIds)
     if settings.cors_origins:
         app.add_middleware(

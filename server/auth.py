@@ -8,6 +8,7 @@ from http import HTTPStatus
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.caller import caller_of
 from server.errors import error_response
 from server.keys import KeyRing
 from server.quota import Quota
@@ -18,7 +19,7 @@ SCHEME = "bearer"
 
 
 class Authentication:
-    """Lets in who has a key, within its limits. `scope["state"]["key"]` is the key then.
+    """Lets in who has a key, within its limits. The caller has the key then.
 
     A path that is not known to be open needs a key, so that no route is open by mistake.
     """
@@ -46,7 +47,7 @@ class Authentication:
                 if given
                 else "this server needs an API key: Authorization: Bearer KEY",
                 headers={"WWW-Authenticate": "Bearer"},
-                path=path,
+                scope=scope,
             )
             await response(scope, receive, send)
             return
@@ -58,11 +59,11 @@ class Authentication:
                 code,
                 message,
                 headers={"Retry-After": str(math.ceil(seconds))},
-                path=path,
+                scope=scope,
             )
             await response(scope, receive, send)
             return
-        scope.setdefault("state", {})["key"] = self._ring.keys[number]
+        caller_of(scope).key = self._ring.keys[number]
         try:
             await self._app(scope, receive, send)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -13,21 +14,19 @@ import typer
 from rich.console import Console
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
-from engine.frontend.process import EngineProcess, Supervisor
+from engine.frontend.process import EngineProcess
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
 from server.chat import ChatTemplate
 from server.keys import KeyRing, new_key
 from server.listener import check_certificate, listen_all
-from server.outcome import FAILED, INTERRUPTED, MISUSED, UNDECIDED, extra, fail, reported
+from server.outcome import FAILED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
-from server.peer import PeerConfig, PeerProcess
-from server.settings import ServerSettings
+from server.running import run
+from server.settings import LogFormat, LogLevel, ServerSettings
 from server.sizes import parse_size
 
-STOP_SECONDS = 5.0
-CRASH_SECONDS = 2.0
 SCHEDULER = SchedulerConfig()
 SERVER = ServerSettings()
 SAMPLING = SamplingParams()
@@ -154,6 +153,14 @@ def serve(
         Path | None, option(metavar="FILE", help="Certificate chain, for HTTPS.")
     ] = None,
     ssl_keyfile: Annotated[Path | None, option(metavar="FILE", help="And its key.")] = None,
+    log_format: Annotated[LogFormat, option(help="Of the log on standard error.")] = "text",
+    log_level: Annotated[LogLevel, option(help="info: a line for every request.")] = "warning",
+    log_prompts: Annotated[
+        bool, option("--log-prompts", help="With what was asked; otherwise the log never has it.")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None, option(metavar="URL", help="Send traces there by OTLP over HTTP (extra: otel).")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest."""
     began = time.monotonic()
@@ -187,6 +194,10 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
         ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
+        log_format=log_format,
+        log_level=log_level,
+        log_prompts=log_prompts,
+        otlp_endpoint=otlp_endpoint,
     )
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
@@ -200,53 +211,8 @@ def serve(
         process = EngineProcess(config)
     if others:
         settings = replace(settings, shared_dir=str(process.folder))
-    peers: list[PeerProcess] = []
-    patience = 0.0  # with what is still running, where we are interrupted
-    try:
-        process.start()
-        # Only now, while the engine process imports PyTorch, what takes us long to import.
-        from server.worker import HttpWorker  # noqa: PLC0415
-
-        for number, other in enumerate(others, start=1):
-            peer = PeerConfig(
-                address=process.address,
-                model_dir=str(directory),
-                listener=other.fileno(),
-                settings=replace(settings, worker=number),
-            )
-            peers.append(PeerProcess(peer))
-            other.close()
-        worker = HttpWorker(
-            tokenizer,
-            chat,
-            process.address,
-            listener,
-            settings,
-            exited=process.exit_status,
-            supervise=Supervisor(process, max_restarts).poll,
-            peers=peers,
-        )
-        lived = worker.run(announce)
-        # A process that crashed closes its connections a moment before it has a status.
-        peers_lived = all(each.exit_status() in (None, 0) for each in peers)
-        status = process.exit_status() if lived or not peers_lived else process.wait(CRASH_SECONDS)
-        patience = 0.0 if worker.hurried else STOP_SECONDS
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        for each in peers:
-            each.stop(patience)
-        process.stop(patience)
-    if worker.hurried:
-        raise typer.Exit(INTERRUPTED)
-    if not lived:
-        if status in (FAILED, MISUSED):  # the engine process has said what is wrong
-            raise typer.Exit(status)
-        if not peers_lived:
-            fail("an HTTP worker process ended", FAILED)
-        if status is None:  # it lives; what broke is in the log
-            fail("the connection to the engine broke", FAILED)
-        fail(f"the engine process ended with status {status}", FAILED)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(process.folder)  # as metrics.py says
+    run(process, directory, tokenizer, chat, [listener, *others], settings, announce)
 
 
 @app.command()

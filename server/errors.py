@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from engine.errors import (
     Draining,
@@ -25,6 +26,7 @@ from engine.errors import (
     RequestError,
     RopewayError,
 )
+from server.caller import caller_of
 from server.schemas import ErrorBody, OpenAIErrorBody
 
 OPENAI_PATH = "/v1/"
@@ -82,12 +84,13 @@ def error_response(
     field: str | None = None,
     headers: Mapping[str, str] | None = None,
     *,
-    path: str,
+    scope: Scope,
 ) -> Response:
-    """The one shape, or OpenAI's where the path asks for that. ASCII only: a message may quote what
-    no UTF-8 can hold."""
+    """The one shape, or OpenAI's where the path asks for that; noted for the log. ASCII only: a
+    message may quote what no UTF-8 can hold."""
+    caller_of(scope).failure = code
     error: dict[str, str | None] = {"code": code, "message": message, "field": field}
-    if path.startswith(OPENAI_PATH):
+    if scope["path"].startswith(OPENAI_PATH):
         if status == HTTPStatus.UNPROCESSABLE_ENTITY:
             status = HTTPStatus.BAD_REQUEST
         error = openai_error(status, code, message, field)
@@ -116,7 +119,7 @@ def status_of(error: RopewayError) -> int:
     return HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-def ropeway_response(error: RopewayError, path: str) -> Response:
+def ropeway_response(error: RopewayError, scope: Scope) -> Response:
     """The answer to an error of the engine's tree."""
     again = isinstance(error, QueueFull | EngineStarting | Draining)
     return error_response(
@@ -125,7 +128,7 @@ def ropeway_response(error: RopewayError, path: str) -> Response:
         str(error),
         error.field if isinstance(error, RequestError) else None,
         {"Retry-After": str(RETRY_SECONDS)} if again else None,
-        path=path,
+        scope=scope,
     )
 
 
@@ -134,11 +137,11 @@ def install(app: FastAPI) -> None:
 
     async def on_ropeway(request: Request, error: Exception) -> Response:
         assert isinstance(error, RopewayError)
-        return ropeway_response(error, request.url.path)
+        return ropeway_response(error, request.scope)
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _validation_response(error, request.url.path)
+        return _validation_response(error, request.scope)
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -146,7 +149,7 @@ def install(app: FastAPI) -> None:
         if isinstance(error, ApiError):
             code, field = error.code, error.field
         return error_response(
-            error.status_code, code, error.detail, field, error.headers, path=request.url.path
+            error.status_code, code, error.detail, field, error.headers, scope=request.scope
         )
 
     async def on_bug(request: Request, _: Exception) -> Response:
@@ -155,8 +158,8 @@ def install(app: FastAPI) -> None:
             500,
             "internal_error",
             "internal error; the server's log says more",
-            headers={"X-Request-Id": request.state.request_id},
-            path=request.url.path,
+            headers={"X-Request-Id": caller_of(request.scope).request_id},
+            scope=request.scope,
         )
 
     app.add_exception_handler(RopewayError, on_ropeway)
@@ -169,13 +172,13 @@ def _code(status: int) -> str:
     return re.sub(r"[^a-z]+", "_", HTTPStatus(status).phrase.lower())
 
 
-def _validation_response(error: RequestValidationError, path: str) -> Response:
+def _validation_response(error: RequestValidationError, scope: Scope) -> Response:
     """Name the first fault: its field and its value."""
     fault = error.errors()[0]
     if fault["type"] == "json_invalid":
         at = fault["loc"][-1]
         message = f"the body is not valid JSON: {fault['ctx']['error']} at character {at}"
-        return error_response(HTTPStatus.BAD_REQUEST, "invalid_json", message, path=path)
+        return error_response(HTTPStatus.BAD_REQUEST, "invalid_json", message, scope=scope)
     field = _path(fault["loc"][1:])
     match fault["type"]:
         case "unsupported":
@@ -192,7 +195,7 @@ def _validation_response(error: RequestValidationError, path: str) -> Response:
             reason = fault["msg"].removeprefix("Input ")
             message = f"{field} {reason}, got {_shown(fault['input'])}"
     return error_response(
-        HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message, field or None, path=path
+        HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message, field or None, scope=scope
     )
 
 

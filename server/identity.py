@@ -9,6 +9,7 @@ from http import HTTPStatus
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.caller import Caller
 from server.errors import error_response
 
 HEADER = "X-Request-Id"
@@ -19,7 +20,7 @@ _VALID = re.compile(rf"[A-Za-z0-9._:/+=@-]{{1,{MAX_LENGTH}}}")
 class RequestIds:
     """Takes a client's X-Request-Id or makes one, and says it in every answer.
 
-    It is `scope["state"]["request_id"]` for all that follows.
+    All that follows finds it by caller_of().
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -39,14 +40,14 @@ class RequestIds:
                 MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {})["caller"] = Caller(request_id)
         if not valid:
             response = error_response(
                 HTTPStatus.BAD_REQUEST,
                 "invalid_request_id",
                 f"{HEADER} must have 1 to {MAX_LENGTH} letters, digits or ._:/+=@-, got "
                 f"{request_id[:MAX_LENGTH]!r}{'...' if len(request_id) > MAX_LENGTH else ''}",
-                path=scope["path"],
+                scope=scope,
             )
             await response(scope, receive, send)
             return

@@ -34,7 +34,7 @@ class BodyLimit:
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 CODE,
                 self._message(declared),
-                path=scope["path"],
+                scope=scope,
             )
             await response(scope, receive, send)
             return

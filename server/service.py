@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Self
 
 import msgspec
@@ -15,18 +15,10 @@ from engine.errors import Draining, EngineError, RopewayError
 from engine.frontend.client import AsyncEngine
 from engine.frontend.stream import Piece, Stream, StreamGroup
 from engine.request import RequestOptions, SamplingParams
+from server.caller import Caller, caller_of
 from server.chat import ChatTemplate
-from server.keys import ApiKey
 from server.metrics import Metrics
 from server.settings import ServerSettings
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks. request_id: theirs or ours; key: None where none are needed."""
-
-    request_id: str
-    key: ApiKey | None
 
 
 class Generation:
@@ -35,9 +27,10 @@ class Generation:
     `async with generation: async for pieces in generation: ...`
     """
 
-    def __init__(self, group: StreamGroup, metrics: Metrics) -> None:
-        """group: fresh from the engine."""
-        self.streams = group.streams
+    def __init__(self, group: StreamGroup, metrics: Metrics, caller: Caller) -> None:
+        """group: fresh from the engine. caller: told what it has started."""
+        self.streams = caller.streams = group.streams
+        self._caller = caller
         self._group = group
         self._metrics = metrics
         self._last: dict[Stream, float] = {}
@@ -49,8 +42,9 @@ class Generation:
     async def __anext__(self) -> list[Piece]:
         try:
             pieces = await self._group.__anext__()
-        except EngineError:
+        except EngineError as error:
             self._failed = True
+            self._caller.failure = error.code
             raise
         now = time.monotonic()
         for piece in pieces:
@@ -63,11 +57,17 @@ class Generation:
 
     async def __aexit__(self, *_: object) -> None:
         self._group.close()
+        metrics = self._metrics
         for stream in self.streams:
-            if stream.timing.total is not None:
-                self._metrics.duration.observe(stream.timing.total)
+            timing, usage = stream.timing, stream.usage
+            if timing.total is not None:
+                metrics.duration.observe(timing.total)
+                metrics.prompt_tokens.observe(usage.prompt_tokens)
+                metrics.generation_tokens.observe(usage.completion_tokens)
+                if timing.first_token is not None:
+                    metrics.decode_time.observe(timing.total - timing.first_token)
             outcome = stream.finish_reason or ("error" if self._failed else "aborted")
-            self._metrics.requests.labels(outcome).inc()
+            metrics.requests.labels(outcome).inc()
 
     def _observe(self, piece: Piece, now: float) -> None:
         last = self._last.get(piece.stream)
@@ -75,8 +75,9 @@ class Generation:
             timing = piece.stream.timing
             if timing.first_token is not None:
                 self._metrics.first_token.observe(timing.first_token)
-            if timing.queue is not None:
+            if timing.queue is not None and timing.prefill is not None:
                 self._metrics.queue_time.observe(timing.queue)
+                self._metrics.prefill_time.observe(timing.prefill)
         else:
             gap = (now - last) / len(piece.deltas)
             for _ in piece.deltas:
@@ -93,7 +94,8 @@ class Service:
         self.chat = chat
         self.started = int(time.time())
         self.settings = settings
-        self.metrics = Metrics(engine)
+        shared_dir = None if settings.shared_dir is None else Path(settings.shared_dir)
+        self.metrics = Metrics(engine, shared_dir)
         self._draining = False
 
     def drain(self) -> None:
@@ -125,6 +127,8 @@ class Service:
         """
         options = self._salted(options, caller)
         return self._start(
+            caller,
+            prompts,
             lambda request_id: self.engine.submit_all(
                 request_id,
                 prompts,
@@ -133,7 +137,7 @@ class Service:
                 num_choices,
                 name=name,
                 score_prompts=score_prompts,
-            )
+            ),
         )
 
     def score(
@@ -148,9 +152,11 @@ class Service:
         """Score texts; see AsyncEngine.score_all. Raises as generate() does."""
         options = self._salted(options, caller)
         return self._start(
+            caller,
+            texts,
             lambda request_id: self.engine.score_all(
                 request_id, texts, options, first=first, top=top
-            )
+            ),
         )
 
     def _salted(self, options: RequestOptions, caller: Caller) -> RequestOptions:
@@ -159,7 +165,14 @@ class Service:
         salt = caller.key.salt(options.cache_salt)
         return msgspec.structs.replace(options, cache_salt=salt)
 
-    def _start(self, submit: Callable[[str], StreamGroup]) -> Generation:
+    def _start(
+        self,
+        caller: Caller,
+        prompts: Sequence[str | list[int]],
+        submit: Callable[[str], StreamGroup],
+    ) -> Generation:
+        if self.settings.log_prompts:
+            caller.prompts = list(prompts)
         try:
             self.check_ready()
             # Not the client's X-Request-Id, which need not be unique.
@@ -167,7 +180,7 @@ class Service:
         except RopewayError as error:
             self.metrics.requests.labels(error.code).inc()
             raise
-        return Generation(group, self.metrics)
+        return Generation(group, self.metrics, caller)
 
 
 async def _service(request: Request) -> Service:
@@ -181,7 +194,7 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 async def _caller(request: Request) -> Caller:
-    return Caller(request.state.request_id, getattr(request.state, "key", None))
+    return caller_of(request.scope)
 
 
 CallerDep = Annotated[Caller, Depends(_caller)]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["info", "warning"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +20,9 @@ class ServerSettings:
     max_restarts: how often in a row the engine process is started again when it dies;
     api_key_file: whose keys are let in, None: anybody; share_prefix_cache: among all keys;
     cors_origins: of pages that may ask; ssl_certfile, ssl_keyfile: for HTTPS; worker: which of the
-    HTTP processes this is, from 0; shared_dir: a folder that they share, None where it is alone.
+    HTTP processes this is, from 0; shared_dir: a folder that they share, None where it is alone;
+    log_format, log_level: info logs every request; log_prompts: with what was asked; otlp_endpoint:
+    where OpenTelemetry spans are sent, a URL.
     """
 
     max_queue: int = 1024
@@ -32,3 +38,7 @@ class ServerSettings:
     ssl_keyfile: str | None = None
     worker: int = 0
     shared_dir: str | None = None
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "warning"
+    log_prompts: bool = False
+    otlp_endpoint: str | None = None

@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from engine.errors import Draining, EngineDead
 from engine.frontend.client import AsyncEngine
@@ -22,6 +24,7 @@ from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from server.app import create_app
 from server.chat import ChatTemplate
+from server.logs import configure
 from server.peer import PeerConfig, PeerProcess
 from server.settings import ServerSettings
 
@@ -106,6 +109,7 @@ class HttpWorker:
 
     async def _run(self, on_ready: Callable[[EngineReady], None], parent: int | None) -> bool:
         loop = asyncio.get_running_loop()
+        configure(self._settings.log_format, self._settings.log_level)
         engine = AsyncEngine(
             self._tokenizer,
             self._address,
@@ -117,13 +121,16 @@ class HttpWorker:
             loop.add_signal_handler(signum, self.stop)
         if parent is not None:
             loop.add_reader(parent, self._hear, parent, engine)
-        app = create_app(engine, self._chat, self._settings, self._exited)
+        app = create_app(
+            engine, self._chat, self._settings, self._exited, _tracing(self._settings.otlp_endpoint)
+        )
         server = Server(
             uvicorn.Config(
                 app,
                 http="httptools",
                 ws="none",
                 lifespan="on",
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -187,6 +194,15 @@ class HttpWorker:
                 break
             self._watch_over(engine)
             await asyncio.sleep(TICK_SECONDS)
+
+
+def _tracing(endpoint: str | None) -> Callable[[ASGIApp], ASGIApp] | None:
+    if endpoint is None:
+        return None
+    # Of the extra `otel`, which the others do without.
+    from server.tracing import Tracing, otlp_provider  # noqa: PLC0415
+
+    return partial(Tracing, provider=otlp_provider(endpoint))
 
 
 def main() -> int:
