@@ -38,10 +38,10 @@ def run(
     peers: list[PeerProcess] = []
     patience = 0.0  # with what is still running, where we are interrupted
     try:
-        process.start()
         if settings.otlp_endpoint is not None:
             with extra("otel"):
                 import server.tracing  # noqa: F401, PLC0415
+        process.start()
         # Only now, while the engine process imports PyTorch, what takes us long to import.
         from server.worker import HttpWorker  # noqa: PLC0415
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from starlette.types import ASGIApp
 
 from engine.frontend.client import AsyncEngine
 from server.app import create_app
@@ -69,14 +70,18 @@ class Served:
 
 
 @asynccontextmanager
-async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Served]:
+async def running(
+    directory: Path,
+    settings: ServerSettings,
+    tracing: Callable[[ASGIApp], ASGIApp] | None = None,
+) -> AsyncIterator[Served]:
     """uvicorn in this loop; the engine is bound but says nothing yet."""
     fake = FakeEngine(directory)
     fake.bind()
     tokenizer = byte_tokenizer()
     engine = AsyncEngine(tokenizer, fake.address, max_queue=settings.max_queue)
     chat = ChatTemplate.from_directory(directory, tokenizer)
-    app = create_app(engine, chat, settings, lambda: fake.exit_status)
+    app = create_app(engine, chat, settings, lambda: fake.exit_status, tracing)
     listener = socket.create_server(("127.0.0.1", 0))
     # Small buffers in the kernel, so that a reader is slow after kilobytes and not megabytes.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
