@@ -25,6 +25,7 @@ from server.logs import AccessLog
 from server.quota import Quota
 from server.routes import generate, openai, ops, score
 from server.service import Service
+from server.sessions import Sessions
 from server.settings import ServerSettings
 
 
@@ -46,12 +47,17 @@ def create_app(
     ring = None if settings.api_key_file is None else KeyRing.from_file(Path(settings.api_key_file))
     quota = None if ring is None else _quota(ring, settings)
 
+    service = Service(engine, chat, settings)
+    sessions = Sessions(service)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await sessions.start()
         starting = asyncio.create_task(engine.start(exited))
         try:
             yield
         finally:
+            await sessions.close()
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await engine.close()
@@ -64,7 +70,8 @@ def create_app(
         description="Inference for GPT-2-family models with rotary position embeddings.",
         lifespan=lifespan,
     )
-    app.state.service = Service(engine, chat, settings)
+    app.state.service = service
+    app.state.sessions = sessions
     # The last is the first that a request meets.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if ring is not None and quota is not None:

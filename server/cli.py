@@ -158,6 +158,9 @@ def serve(
     log_prompts: Annotated[
         bool, option("--log-prompts", help="With what was asked; otherwise the log never has it.")
     ] = False,
+    resume_window: Annotated[
+        float, option(min=0, help="Seconds that a stream waits for a client that was lost.")
+    ] = SERVER.resume_window,
     otlp_endpoint: Annotated[
         str | None, option(metavar="URL", help="Send traces there by OTLP over HTTP (extra: otel).")
     ] = None,
@@ -198,6 +201,7 @@ def serve(
         log_level=log_level,
         log_prompts=log_prompts,
         otlp_endpoint=otlp_endpoint,
+        resume_window=resume_window,
     )
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]

@@ -41,6 +41,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
         401: "The server needs an API key, and this is none.",
         413: "The body is too large.",
         415: "The body is not said to be JSON.",
+        409: "X-Request-Id names a stream that can still be resumed.",
         422: "A field is unknown, of the wrong type or out of range, or the context is too short.",
         429: "Too many requests wait already, or the key has used up what it may; Retry-After says "
         "when to try again.",

@@ -31,6 +31,11 @@ from server.answers import (
 )
 
 
+def event_id(stream: Stream, index: int, *, several: bool) -> str:
+    """Of a token's event. several: the answer has several prompts or choices."""
+    return f"{stream.prompt}.{stream.choice}.{index}" if several else str(index)
+
+
 def named_event(name: str, data: BaseModel | msgspec.Struct) -> bytes:
     """An event without an id, so that the last token's id stays the last."""
     body = (
@@ -71,10 +76,7 @@ class GenerateEvents:
 
     def tokens(self, stream: Stream, deltas: Sequence[TokenDelta]) -> bytes:
         """One event for each token."""
-        prompt, choice, place = None, None, ""
-        if self._several:
-            prompt, choice = stream.prompt, stream.choice
-            place = f"{prompt}.{choice}."
+        prompt, choice = (stream.prompt, stream.choice) if self._several else (None, None)
         parts = []
         for delta in deltas:
             logprob, top = None, None
@@ -84,7 +86,8 @@ class GenerateEvents:
             event = TokenEvent(
                 delta.index, delta.token_id, delta.text, logprob, top, prompt, choice
             )
-            head = f"id: {place}{delta.index}\nevent: token\ndata: ".encode()
+            name = event_id(stream, delta.index, several=self._several)
+            head = f"id: {name}\nevent: token\ndata: ".encode()
             parts += (head, self._encode(event), b"\n\n")
         return b"".join(parts)
 

@@ -30,8 +30,8 @@ class Generation:
     def __init__(self, group: StreamGroup, metrics: Metrics, caller: Caller) -> None:
         """group: fresh from the engine. caller: told what it has started."""
         self.streams = caller.streams = group.streams
+        self.group = group
         self._caller = caller
-        self._group = group
         self._metrics = metrics
         self._last: dict[Stream, float] = {}
         self._failed = False
@@ -41,7 +41,7 @@ class Generation:
 
     async def __anext__(self) -> list[Piece]:
         try:
-            pieces = await self._group.__anext__()
+            pieces = await self.group.__anext__()
         except EngineError as error:
             self._failed = True
             self._caller.failure = error.code
@@ -56,7 +56,7 @@ class Generation:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._group.close()
+        self.group.close()
         metrics = self._metrics
         for stream in self.streams:
             timing, usage = stream.timing, stream.usage
@@ -180,6 +180,10 @@ class Service:
         except RopewayError as error:
             self.metrics.requests.labels(error.code).inc()
             raise
+        return self.generation(group, caller)
+
+    def generation(self, group: StreamGroup, caller: Caller) -> Generation:
+        """A group, measured."""
         return Generation(group, self.metrics, caller)
 
 

@@ -22,7 +22,8 @@ class ServerSettings:
     cors_origins: of pages that may ask; ssl_certfile, ssl_keyfile: for HTTPS; worker: which of the
     HTTP processes this is, from 0; shared_dir: a folder that they share, None where it is alone;
     log_format, log_level: info logs every request; log_prompts: with what was asked; otlp_endpoint:
-    where OpenTelemetry spans are sent, a URL.
+    where OpenTelemetry spans are sent, a URL; resume_window: seconds that a stream waits for a
+    client that was lost, 0: it is aborted.
     """
 
     max_queue: int = 1024
@@ -42,3 +43,4 @@ class ServerSettings:
     log_level: LogLevel = "warning"
     log_prompts: bool = False
     otlp_endpoint: str | None = None
+    resume_window: float = 0.0

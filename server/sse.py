@@ -11,7 +11,7 @@ when the server is told to stop (ours drain first) and takes a lock and a cancel
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -20,9 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineError
 from engine.frontend.output import TokenDelta
-from engine.frontend.stream import Stream
+from engine.frontend.stream import Piece, Stream
 from server.connection import Disconnected, while_connected
-from server.service import Generation
 
 KEEP_ALIVE = b": waiting\n\n"
 
@@ -46,24 +45,38 @@ class Events(Protocol):
         """It could not finish; nothing follows, and it must not look like end()."""
 
 
+class Source(Protocol):
+    """What is streamed: a Generation, which is aborted when left, or a Reader of a session."""
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Piece]]: ...
+
+
 class EventStream(Response):
     """The ASGI response that streams a generation."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: Events, keep_alive: float) -> None:
-        """keep_alive: seconds of silence after which a comment is sent."""
+    def __init__(
+        self, source: Source, events: Events, keep_alive: float, *, begin: bool = True
+    ) -> None:
+        """source: left when the client goes; keep_alive: seconds of silence after which a comment
+        is sent; begin: this is the answer's beginning."""
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._generation = generation
+        self._source = source
+        self._begin = begin
         self._events = events
         self._keep_alive = keep_alive
         self._writes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream until the end or until the client goes, which aborts the generation."""
-        async with self._generation:
+        """Stream until the end or until the client goes."""
+        async with self._source:
             with suppress(Disconnected):
                 await while_connected(receive, self._run(send))
 
@@ -72,8 +85,9 @@ class EventStream(Response):
         comments = asyncio.create_task(self._comment(send))
         events = self._events
         try:
-            await self._write(send, events.begin())
-            async for pieces in self._generation:
+            if self._begin:
+                await self._write(send, events.begin())
+            async for pieces in self._source:
                 parts = []
                 for piece in pieces:
                     parts.append(events.tokens(piece.stream, piece.deltas))

@@ -20,7 +20,7 @@ from engine.errors import (
 )
 from engine.frontend.admission import Admission
 from engine.frontend.connection import Connection
-from engine.frontend.stream import Stream, StreamGroup
+from engine.frontend.stream import Stream, StreamGroup, StreamState
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import (
     AbortRequest,
@@ -31,6 +31,7 @@ from engine.messages import (
     Hello,
     StepOutput,
     ToCore,
+    TokenLogprobs,
 )
 from engine.request import RequestOptions, SamplingParams, Targets
 
@@ -238,6 +239,37 @@ class AsyncEngine:
                 f"{len(self._streams)} requests run or wait"
                 f"{f' and {count} more are asked for' if count > 1 else ''}; the limit is {of}"
             )
+
+    def pause(self, group: StreamGroup) -> None:
+        """Free the pages of a group for now; its streams keep what they have."""
+        group.close()
+
+    def resume(self, group: StreamGroup, request_id: str) -> None:
+        """Go on with a group that was paused, under another name, either all of it or nothing.
+
+        Raises QueueFull or EngineError.
+        """
+        if self.ready is None or self._error is not None:
+            raise self.unready or EngineStarting("not started")
+        streams = [stream for stream in group.streams if stream.finish_reason is None]
+        self._check_room(len(streams), 1, "prompt")
+        for number, stream in enumerate(streams):
+            request = stream.renew(f"{request_id}.{number}")
+            self._streams[stream.request_id] = stream
+            self._send(request)
+
+    def restore(
+        self,
+        states: Sequence[StreamState],
+        tokens: Sequence[Sequence[tuple[int, TokenLogprobs | None]]],
+    ) -> StreamGroup:
+        """A paused group that another process had. tokens: of each stream, as it had come."""
+        news = asyncio.Event()
+        streams = [
+            Stream.restored(state, some, self.tokenizer, self._close_stream, news)
+            for state, some in zip(states, tokens, strict=True)
+        ]
+        return StreamGroup(streams, news)
 
     async def close(self) -> None:
         """Hang up. Open streams fail."""

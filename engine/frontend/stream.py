@@ -43,6 +43,21 @@ class Timing:
         return (self.total - self.first_token) / (num_tokens - 1)
 
 
+class StreamState(msgspec.Struct, frozen=True, kw_only=True):
+    """What another process needs to go on with a stream; its tokens travel beside it.
+
+    submitted: when it was, on the clock that all processes of a machine share.
+    """
+
+    request: AddRequest
+    prompt: int
+    submitted: float
+    timing: Timing
+    finish_reason: FinishReason | None
+    cached_tokens: int
+    scores: list[TokenLogprobs] | None
+
+
 class Stream:
     """The tokens of one request as they come: `async for deltas in stream`.
 
@@ -129,6 +144,55 @@ class Stream:
             targets=None if self._token_ids else self._request.targets,
         )
 
+    def renew(self, request_id: str) -> AddRequest:
+        """The request under another name, to go on where this stream is: what the engine said to
+        the old name belongs to nobody."""
+        self.request_id = request_id
+        self._request = msgspec.structs.replace(self._request, request_id=request_id)
+        return self.again(())
+
+    @property
+    def state(self) -> StreamState:
+        """For another process."""
+        return StreamState(
+            request=self._request,
+            prompt=self.prompt,
+            submitted=self.submitted,
+            timing=self.timing,
+            finish_reason=self.finish_reason,
+            cached_tokens=self._cached_tokens,
+            scores=self.scores,
+        )
+
+    @classmethod
+    def restored(
+        cls,
+        state: StreamState,
+        tokens: Sequence[tuple[int, TokenLogprobs | None]],
+        tokenizer: Tokenizer,
+        close: Callable[[Stream], None],
+        news: asyncio.Event,
+    ) -> Stream:
+        """A stream that has come as far as another was, with all its tokens to take again.
+
+        tokens: all that it had, with their log-probabilities.
+        """
+        stream = cls(state.request, tokenizer, close, prompt=state.prompt, news=news)
+        ended = state.finish_reason
+        timeout = ended is FinishReason.TIMEOUT
+        for index, (token_id, logprobs) in enumerate(tokens):
+            last = index == len(tokens) - 1 and not timeout
+            stream.deliver(
+                EngineOutput(stream.request_id, index, token_id, ended if last else None, logprobs)
+            )
+        if timeout:
+            stream.deliver(EngineOutput(stream.request_id, len(tokens), None, ended))
+        stream.submitted = state.submitted
+        stream.timing = state.timing
+        stream._cached_tokens = state.cached_tokens
+        stream.scores = state.scores
+        return stream
+
     def fail(self, error: EngineError) -> None:
         """End the stream by an error."""
         self.error = error
@@ -178,8 +242,13 @@ class StreamGroup:
     def __init__(self, streams: Sequence[Stream], news: asyncio.Event) -> None:
         """streams: by prompt, and by choice within each. news: set when anything comes."""
         self.streams = list(streams)
-        self._open = list(streams)
+        self._open = [stream for stream in streams if stream.finish_reason is None]
         self._news = news
+
+    @property
+    def state(self) -> list[StreamState]:
+        """Of its streams, for another process."""
+        return [stream.state for stream in self.streams]
 
     def close(self) -> None:
         """Abort what has not ended."""

@@ -206,7 +206,7 @@ async def test_the_documents(served: Served) -> None:
     assert (await served.http.get("/docs")).status_code == 200
     document = (await served.http.get("/openapi.json")).json()
     answers = document["paths"]["/generate"]["post"]["responses"]
-    assert {"200", "400", "401", "413", "415", "422", "429", "500", "503"} == set(answers)
+    assert {"200", "400", "401", "409", "413", "415", "422", "429", "500", "503"} == set(answers)
     assert set(answers["200"]["content"]) == {"text/event-stream", "application/json"}
     for status in answers.keys() - {"200"}:
         schema = answers[status]["content"]["application/json"]["schema"]

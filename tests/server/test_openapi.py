@@ -26,6 +26,7 @@ from tests.server.conftest import SETTINGS, running
 
 EXAMPLES = 20
 OPERATIONS = {
+    "GET /generate/{request_id}",
     "GET /health",
     "GET /metrics",
     "GET /ready",
