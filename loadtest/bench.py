@@ -22,6 +22,7 @@ from rich.table import Table
 from engine import LLM
 from engine.messages import EngineReady
 from engine.model.loader import read_config
+from loadtest import http as http_process
 from loadtest.determinism import Load, compare
 from loadtest.machine import Machine
 from loadtest.quality import quality
@@ -252,3 +253,4 @@ def determinism(
 
 
 app.command()(quality)
+app.command("http")(http_process.measure)
