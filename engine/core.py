@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,8 +16,12 @@ import zmq
 from engine.config import CacheConfig, DType, EngineConfig, ModelConfig, SchedulerConfig
 from engine.errors import ConfigError, RopewayError
 from engine.execution.journal import StepJournal
+from engine.execution.masks import GrammarMasks
 from engine.execution.runner import InputBatch, ModelRunner
 from engine.execution.sampler import Sampler
+from engine.frontend.tokenizer import Tokenizer
+from engine.grammar import INSTALLED as GRAMMARS
+from engine.grammar import Vocabulary
 from engine.messages import (
     AbortRequest,
     AddRequest,
@@ -120,6 +125,19 @@ def _notes(directory: Path, dtype: torch.dtype, device: torch.device) -> list[st
     return notes
 
 
+def _vocabulary(directory: Path, eos_token_id: int | None) -> Vocabulary:
+    """Of a model directory's tokenizer. Raises TokenizerError."""
+    tokenizer = Tokenizer.from_directory(directory)
+    special_ids = tokenizer.special_tokens.values()
+    tokens = [
+        tokenizer.token_bytes(token_id) if token_id in tokenizer else b""
+        for token_id in range(len(tokenizer))
+    ]
+    for name, token_id in tokenizer.special_tokens.items():
+        tokens[token_id] = name.encode()
+    return Vocabulary(tokens, list(special_ids), eos_token_id)
+
+
 class EngineCore:
     """The engine without its process: add, abort, step."""
 
@@ -153,7 +171,11 @@ class EngineCore:
         batch = InputBatch(
             config.scheduler.max_num_seqs, self._pool.blocks_for(model_config.max_position)
         )
-        sampler = Sampler(model_config.vocab_size, unsampled_ids(model_config, config))
+        masks = None
+        if GRAMMARS:
+            masks = GrammarMasks(partial(_vocabulary, directory, model_config.eos_token_id))
+        unsampled = unsampled_ids(model_config, config)
+        sampler = Sampler(model_config.vocab_size, unsampled, masks)
         self._runner = ModelRunner(model, backend, sampler, batch)
         self._runner.warm_up((1, 2, 8, 64))
         self.ready = EngineReady(
@@ -270,7 +292,7 @@ class EngineLoop:
         by_worker: dict[bytes, list[EngineOutput]] = defaultdict(list)
         for output in outputs:
             by_worker[self._owner[output.request_id]].append(output)
-            if output.finish_reason is not None:
+            if output.last:
                 del self._owner[output.request_id]
         stats = self._core.stats
         for worker in list(self._workers):

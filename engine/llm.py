@@ -13,7 +13,7 @@ import msgspec
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
 from engine.core import EngineCore
-from engine.errors import InvalidRequest
+from engine.errors import GrammarFailed, InvalidRequest
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
@@ -226,6 +226,8 @@ class LLM:
                     inbox = self._inboxes[request_id]
                     while inbox and processor.finish_reason is None:
                         output = inbox.popleft()
+                        if output.error is not None:
+                            raise GrammarFailed(output.error)
                         delta = processor.process(output)
                         if processor.finish_reason is not None:
                             del open_outputs[request_id]

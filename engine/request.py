@@ -11,6 +11,7 @@ from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_GRAMMAR = 65_536
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
 Overflow = Literal["error", "truncate", "shift"]
@@ -44,6 +45,17 @@ class RequestStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output must obey.
+
+    text: a JSON schema; a regular expression for the whole output; or a JSON list of texts, of
+    which the output is one.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token. Checked when made; the defaults leave the model as it is.
 
@@ -62,6 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos          go on after the model's end token
     logprobs            None: none; k: the token's log-probability and the k likeliest (0 to 20)
     logit_bias          token id -> added to its logit, -100 to 100
+    grammar             what the output must obey; it ends where nothing can follow
 
     Biases come first; then penalties, temperature, top_k, top_p, min_p. Log-probabilities are the
     model's own, before any of them.
@@ -81,6 +94,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: dict[int, float] = {}
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # one text is meant, not its characters
@@ -104,6 +118,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         self._check_stop_strings()
         self._check_stop_token_ids()
         self._check_logit_bias()
+        if self.grammar is not None:
+            if len(self.grammar.text) > MAX_GRAMMAR:
+                raise InvalidRequest(
+                    f"{self.grammar.kind} can have at most {MAX_GRAMMAR} characters, got "
+                    f"{len(self.grammar.text)}",
+                    self.grammar.kind,
+                )
+            if self.ignore_eos:
+                raise InvalidRequest(
+                    f"ignore_eos cannot go with {self.grammar.kind}, whose end is the output's",
+                    "ignore_eos",
+                )
 
     def _check_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, dict):

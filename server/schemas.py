@@ -6,6 +6,7 @@ SamplingParams, the one authority; the bounds below only tell /docs, and a test 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -15,6 +16,7 @@ from engine.errors import InvalidRequest
 from engine.request import (
     MAX_BIAS,
     MAX_BIASES,
+    MAX_GRAMMAR,
     MAX_INT,
     MAX_LOGPROBS,
     MAX_PRIORITY,
@@ -22,6 +24,7 @@ from engine.request import (
     MAX_STOP_STRINGS,
     MAX_TIMEOUT_S,
     SEED_BITS,
+    Grammar,
     Overflow,
     RequestOptions,
     SamplingParams,
@@ -72,6 +75,34 @@ class RequestModel(BaseModel):
     """A body: what is not known is refused, never ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class JsonSchema(RequestModel):
+    """As OpenAI's clients send it. Every schema is obeyed strictly."""
+
+    name: str = "schema"
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(RequestModel):
+    """`text`: anything; `json_object`: any JSON object; `json_schema`: what `json_schema` says."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> Grammar | None:
+        """None for `text`. Raises InvalidRequest."""
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidRequest(
+                f"response_format.json_schema goes with type json_schema, and with no other; type "
+                f"is {self.type}",
+                "response_format",
+            )
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.json_schema))
+        return Grammar("json_schema", '{"type": "object"}') if self.type == "json_object" else None
 
 
 Prompts = Annotated[str | list[int] | list[str | list[int]], BeforeValidator(_prompts)]
@@ -150,6 +181,15 @@ class SamplingFields(RequestModel):
             "additionalProperties": {"type": "number"} | bounds(-MAX_BIAS, MAX_BIAS),
         },
     )
+    response_format: ResponseFormat | None = Field(
+        None, description="A JSON schema, or any JSON object, that the output must be."
+    )
+    regex: str | None = Field(
+        None,
+        description="A regular expression that the whole output must match.",
+        json_schema_extra={"maxLength": MAX_GRAMMAR},
+    )
+    choice: list[str] | None = Field(None, description="Texts, of which the output must be one.")
     priority: int = Field(
         OPTIONS.priority,
         description="The greater, the sooner the request starts; the others wait longer, but never "
@@ -183,8 +223,9 @@ class SamplingFields(RequestModel):
         fields = {
             name: getattr(self, name)
             for name in SamplingParams.__struct_fields__
-            if name != "logprobs"
+            if name not in ("logprobs", "grammar")
         }
+        fields["grammar"] = self.grammar()
         fields["logprobs"] = self.num_logprobs()
         stop = () if self.stop is None else self.stop
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -199,6 +240,21 @@ class SamplingFields(RequestModel):
             overflow=self.overflow,
             cache_salt=self.cache_salt,
         )
+
+    def grammar(self) -> Grammar | None:
+        """What the output must obey. Raises InvalidRequest."""
+        found: dict[str, Grammar | None] = {}
+        if self.response_format is not None:
+            found["response_format"] = self.response_format.grammar()
+        if self.regex is not None:
+            found["regex"] = Grammar("regex", self.regex)
+        if self.choice is not None:
+            if not self.choice or not all(self.choice):
+                raise InvalidRequest("choice must hold texts that are not empty", "choice")
+            found["choice"] = Grammar("choice", json.dumps(self.choice))
+        if len(found) > 1:
+            raise InvalidRequest(f"{' and '.join(found)} cannot go together", list(found)[1])
+        return next(iter(found.values()), None)
 
     def num_choices(self) -> int:
         """`n`, checked. Raises InvalidRequest."""

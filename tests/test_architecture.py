@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("engine", "server", "weights", "loadtest")
 VOCABULARY = {"engine.config", "engine.errors", "engine.request", "engine.messages"}
+GRAMMAR = {"engine.grammar"}
 # importer -> what it may import of ours, beside itself; the longest prefix counts
 ARROWS = {
     "engine": {"engine"},  # its public names, by PEP 562
@@ -19,12 +20,15 @@ ARROWS = {
     "engine.errors": set[str](),
     "engine.request": {"engine.errors"},
     "engine.messages": {"engine.request"},
-    "engine.core": VOCABULARY | {"engine.execution", "engine.model", "engine.scheduling"},
+    "engine.grammar": {"engine.errors", "engine.request"},
+    "engine.core": VOCABULARY
+    | GRAMMAR
+    | {"engine.frontend.tokenizer", "engine.execution", "engine.model", "engine.scheduling"},
     "engine.llm": VOCABULARY | {"engine.core", "engine.frontend"},
-    "engine.frontend": VOCABULARY,
+    "engine.frontend": VOCABULARY | GRAMMAR,
     "engine.scheduling": VOCABULARY,
     "engine.model": VOCABULARY,
-    "engine.execution": VOCABULARY | {"engine.model"},
+    "engine.execution": VOCABULARY | GRAMMAR | {"engine.model"},
     "server": {"engine"},
     "server.cli": {"engine", "server", "weights", "loadtest"},
     "weights": {"engine"},

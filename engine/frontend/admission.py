@@ -10,6 +10,7 @@ import msgspec
 
 from engine.errors import ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
+from engine.grammar import check as check_grammar
 from engine.messages import AddRequest, EngineReady
 from engine.request import (
     MAX_INT,
@@ -92,6 +93,8 @@ class Admission:
                     f"{len(self.tokenizer) - 1}",
                     "stop_token_ids",
                 )
+        if params.grammar is not None:
+            check_grammar(params.grammar)
         for token_id in params.logit_bias:
             if token_id not in self.tokenizer:
                 raise InvalidRequest(

@@ -345,9 +345,9 @@ class AsyncEngine:
         if stream is None:  # aborted while this output was under way
             return
         stream.deliver(output)
-        if stream.finish_reason is not None:
+        if stream.finish_reason is not None or output.error is not None:
             del self._streams[output.request_id]
-            if output.finish_reason is None:  # a stop string, which only this side knows of
+            if not output.last:  # a stop string, which only this side knows of
                 self._send(AbortRequest(output.request_id))
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -10,7 +10,7 @@ from typing import Self
 
 import msgspec
 
-from engine.errors import EngineError
+from engine.errors import EngineError, GrammarFailed
 from engine.frontend.admission import Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
@@ -120,6 +120,9 @@ class Stream:
     def deliver(self, output: EngineOutput) -> None:
         """Take a token, or the end without one, from the engine."""
         now = time.monotonic() - self.submitted
+        if output.error is not None:
+            self.fail(GrammarFailed(output.error))
+            return
         if (delta := self._output.process(output)) is not None:
             self._waiting.append(delta)
             self._token_ids.append(delta.token_id)

@@ -82,6 +82,12 @@ INVALID: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"prompt": "a", "stop_token_ids": [10**30]}, "stop_token_ids", ["at most"]),
     ({"prompt": "a", "stream": "yes"}, "stream", ["boolean", '"yes"']),
     ({"prompt": "a", "stream": 1}, "stream", ["boolean", "1"]),
+    ({"prompt": "a", "regex": "(a"}, "regex", ["regex", "unclosed"]),
+    ({"prompt": "a", "choice": []}, "choice", ["not empty"]),
+    ({"prompt": "a", "choice": ["a"], "regex": "b"}, "choice", ["regex and choice", "together"]),
+    ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", ["goes with"]),
+    ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type", ["xml"]),
+    ({"prompt": "a", "regex": "a", "ignore_eos": True}, "ignore_eos", ["regex"]),
     ({"prompt": "a", "ignore_eos": 0}, "ignore_eos", ["boolean"]),
 ]
 

@@ -12,11 +12,13 @@ from server.schemas import GenerateRequest
 
 SCHEMA = GenerateRequest.model_json_schema()["properties"]
 OPTIONS = [*RequestOptions.__struct_fields__]
-FIELDS = [*SamplingParams.__struct_fields__, *OPTIONS]
+GRAMMARS = {"response_format", "regex", "choice"}
+PARAMS = [name for name in SamplingParams.__struct_fields__ if name != "grammar"]
+FIELDS = [*PARAMS, *OPTIONS]
 
 
 def test_the_body_has_every_field_and_default() -> None:
-    assert set(SCHEMA) == {"prompt", "stream", "echo", "n", *FIELDS}
+    assert set(SCHEMA) == {"prompt", "stream", "echo", "n", *GRAMMARS, *FIELDS}
     assert GenerateRequest(prompt="a").to_params() == SamplingParams()
     assert GenerateRequest(prompt="a").to_options() == RequestOptions()
     nulls = {"stop": None, "seed": None, "max_tokens": None, "logprobs": None}

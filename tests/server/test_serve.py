@@ -309,3 +309,21 @@ def test_generate_names_the_limit(tiny_model_dir: Path) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("error: prompt (")
     assert "192" in result.stderr
+
+
+async def test_structured_output_through_openais_fields(server: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    async with server.client() as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        chat = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
+        answer = (
+            await client.post("/v1/chat/completions", json=chat | {"response_format": form})
+        ).json()
+        assert json.loads(answer["choices"][0]["message"]["content"])["a"] in (1, 2)
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        body = {"prompt": "the a", "choice": ["yes", "no"]}
+        *tokens, done = await stream(client, body)
+        assert "".join(event.data["text"] for event in tokens) in ("yes", "no")
+        assert done.data["finish_reason"] == "stop"
