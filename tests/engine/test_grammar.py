@@ -6,7 +6,6 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -167,8 +166,8 @@ def request(grammar: Grammar, output: list[int]) -> Request:
 
 
 @pytest.fixture
-def masks() -> Iterator[GrammarMasks]:
-    yield GrammarMasks(small_vocabulary)
+def masks() -> GrammarMasks:
+    return GrammarMasks(small_vocabulary)
 
 
 def test_a_mask_allows_what_the_grammar_does(masks: GrammarMasks) -> None:
