@@ -25,7 +25,7 @@ from server.outcome import FAILED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
 from server.running import run
 from server.settings import LogFormat, LogLevel, ServerSettings
-from server.sizes import parse_size
+from server.sizes import format_size, parse_size
 
 SCHEDULER = SchedulerConfig()
 SERVER = ServerSettings()
@@ -138,8 +138,14 @@ def serve(
         int, option(min=0, help="Restarts in a row of an engine process that died.")
     ] = SERVER.max_restarts,
     max_body: Annotated[
-        int, option(parser=size_option, metavar="SIZE", help="The largest body of a request.")
-    ] = SERVER.max_body_bytes,
+        int | None,
+        option(
+            parser=size_option,
+            metavar="SIZE",
+            help="The largest body of a request.",
+            show_default=format_size(SERVER.max_body_bytes),
+        ),
+    ] = None,
     api_key_file: Annotated[
         Path | None, option(metavar="FILE", help="Whose keys are let in; see `ropeway key`.")
     ] = None,
@@ -191,7 +197,7 @@ def serve(
         num_workers=api_workers,
         drain_seconds=drain_timeout,
         max_restarts=max_restarts,
-        max_body_bytes=max_body,
+        max_body_bytes=SERVER.max_body_bytes if max_body is None else max_body,
         api_key_file=None if api_key_file is None else str(api_key_file),
         share_prefix_cache=share_prefix_cache,
         cors_origins=tuple(cors_origin or ()),
