@@ -11,6 +11,10 @@ from engine.frontend.stream import Stream
 from server.keys import ApiKey
 
 
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Asked every few seconds by programs that watch the server: not worth a line or a trace."""
+
+
 @dataclass
 class Caller:
     """One HTTP request.

@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.caller import Caller, caller_of
+from server.caller import PROBES, Caller, caller_of
 from server.settings import LogFormat, LogLevel
 
 FIELDS = "fields"
@@ -62,14 +62,15 @@ def configure(log_format: LogFormat, level: LogLevel) -> None:
 
 
 class AccessLog:
-    """Logs each request when it is over, at level info."""
+    """Logs each request but probes when it is over, at level info."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI interface."""
-        if scope["type"] != "http" or not access_logger.isEnabledFor(logging.INFO):
+        logged = scope["type"] == "http" and scope["path"] not in PROBES
+        if not logged or not access_logger.isEnabledFor(logging.INFO):
             await self._app(scope, receive, send)
             return
         status = 500  # where nothing is sent, the server answers so

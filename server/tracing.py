@@ -17,9 +17,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.frontend.stream import Stream
-from server.caller import caller_of
+from server.caller import PROBES, caller_of
 
-UNTRACED = frozenset({"/health", "/ready", "/metrics"})
 NANO = 1_000_000_000
 
 
@@ -40,7 +39,7 @@ class Tracing:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI interface."""
-        if scope["type"] != "http" or scope["path"] in UNTRACED:
+        if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
         caller = caller_of(scope)

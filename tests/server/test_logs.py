@@ -55,6 +55,7 @@ async def ask(served: Served) -> None:
 
 async def test_a_request_is_one_line_without_its_prompt(served: Served, lines: list[str]) -> None:
     await ask(served)
+    await served.http.get("/metrics")
     (line,) = lines
     fields = json.loads(line)
     assert SECRET not in line
