@@ -10,7 +10,6 @@ from starlette.types import Scope
 from engine.frontend.stream import Stream
 from server.keys import ApiKey
 
-
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 """Asked every few seconds by programs that watch the server: not worth a line or a trace."""
 
