@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -56,6 +57,9 @@ async def ask(served: Served) -> None:
 async def test_a_request_is_one_line_without_its_prompt(served: Served, lines: list[str]) -> None:
     await ask(served)
     await served.http.get("/metrics")
+    async with asyncio.timeout(2):
+        while not lines:
+            await asyncio.sleep(0.01)
     (line,) = lines
     fields = json.loads(line)
     assert SECRET not in line
@@ -73,6 +77,9 @@ async def test_errors_are_named(served: Served, lines: list[str]) -> None:
         await served.fake.expect(AddRequest)
         await served.fake.die()
         await response.aread()
+    async with asyncio.timeout(2):
+        while len(lines) < 2:  # a line is written when the connection is let go
+            await asyncio.sleep(0.01)
     first, second = map(json.loads, lines)
     assert (first["status"], first["error"]) == (422, "invalid_request")
     assert (second["status"], second["error"]) == (200, "engine_dead")

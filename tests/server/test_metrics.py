@@ -50,10 +50,11 @@ def test_any_process_has_the_numbers_of_all(tiny_model_dir: Path) -> None:
             assert found["ropeway_engine_ready"] == 1
 
 
-def test_a_folder_that_prometheus_does_not_know_is_refused(tmp_path: Path) -> None:
+async def test_a_folder_that_prometheus_does_not_know_is_refused(tmp_path: Path) -> None:
     engine = AsyncEngine(byte_tokenizer(), f"ipc://{tmp_path / 'engine'}", max_queue=1)
     with pytest.raises(ValueError, match="PROMETHEUS_MULTIPROC_DIR"):
         Metrics(engine, tmp_path)
+    await engine.close()
 
 
 def asked_for() -> set[str]:
@@ -70,14 +71,13 @@ async def test_what_the_dashboard_and_the_rules_ask_for_exists(served: Served) -
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_takes_the_configuration_and_the_exposition(tmp_path: Path) -> None:
+async def test_promtool_takes_the_configuration_and_the_exposition(served: Served) -> None:
     check = ["promtool", "check", "config", str(DEPLOY / "prometheus.yml")]
     result = subprocess.run(check, capture_output=True, text=True, check=False, timeout=20)
     assert result.returncode == 0, result.stderr
-    engine = AsyncEngine(byte_tokenizer(), f"ipc://{tmp_path / 'engine'}", max_queue=1)
     lint = subprocess.run(
         ["promtool", "check", "metrics"],
-        input=Metrics(engine).exposition(),
+        input=served.service.metrics.exposition(),
         capture_output=True,
         check=False,
         timeout=20,
