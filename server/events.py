@@ -77,7 +77,7 @@ class GenerateEvents:
     def tokens(self, stream: Stream, deltas: Sequence[TokenDelta]) -> bytes:
         """One event for each token."""
         prompt, choice = (stream.prompt, stream.choice) if self._several else (None, None)
-        parts = []
+        parts: list[bytes] = []
         for delta in deltas:
             logprob, top = None, None
             if delta.logprobs is not None:

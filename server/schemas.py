@@ -269,7 +269,7 @@ def prompts_of(prompt: str | list[int] | list[str | list[int]]) -> list[str | li
     """The prompts, one or several."""
     if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
         return [cast("str | list[int]", prompt)]
-    return cast("list[str | list[int]]", prompt)
+    return prompt
 
 
 class LogprobsField(SamplingFields):

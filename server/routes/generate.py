@@ -32,7 +32,7 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
     }
 }
 
-RESUMED = {
+RESUMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The events after the last one that was seen, and those that follow.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
