@@ -24,6 +24,9 @@ from engine.messages import (
 from engine.request import FinishReason
 
 MAX_SEQS = 4096
+CATCH_UP_SECONDS = 0.1
+"""How late a step may be for the next ones to make up for it."""
+
 READY = EngineReady(
     model="fake",
     num_parameters=0,
@@ -62,11 +65,13 @@ class FakeEngine:
             if self._interval is not None and self._left:
                 wait = max(0, int((due - time.monotonic()) * 1000))
             if self._socket.poll(wait):
+                waited = not self._left
                 self._receive()
+                due = time.monotonic() if waited else due
                 continue
             if self._interval is not None and time.monotonic() >= due:
                 self._step()
-                due = max(due + self._interval, time.monotonic() - 1)
+                due = max(due + self._interval, time.monotonic() - CATCH_UP_SECONDS)
 
     def _receive(self) -> None:
         self._frontend, content = self._socket.recv_multipart()

@@ -79,6 +79,8 @@ def worker(model: Path, rate: float) -> Generator[tuple[int, psutil.Process], No
             for process in (server, engine):
                 process.kill()
                 process.wait()
+            if server.stdin is not None:
+                server.stdin.close()
 
 
 async def _until_ready(port: int) -> None:
@@ -88,6 +90,7 @@ async def _until_ready(port: int) -> None:
         writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         answer = await reader.read()
         writer.close()
+        await writer.wait_closed()
         if b" 200 " in answer.split(b"\r\n", 1)[0]:
             return
         await asyncio.sleep(0.05)
@@ -120,6 +123,7 @@ async def _follow(port: int, max_tokens: int) -> int:
         if ENDED in tail:
             break
     writer.close()
+    await writer.wait_closed()
     if tokens != max_tokens or ENDED not in tail:
         raise RuntimeError(f"a stream of {max_tokens} tokens ended after {tokens}")
     return tokens
@@ -157,6 +161,7 @@ def idle(model: Path, streams: int) -> Idle:
             grown = process.memory_info().rss - before
             for writer in writers:
                 writer.close()
+            await asyncio.gather(*(writer.wait_closed() for writer in writers))
             return int(grown)
 
         grown = asyncio.run(grow())

