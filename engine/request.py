@@ -111,7 +111,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             try:
                 rope = RopeScaling.from_dict(self.rope)
             except ConfigError as error:
-                raise InvalidRequest(str(error), "rope") from error
+                raise no_such_rotation(error) from error
             msgspec.structs.force_setattr(self, "rope", rope)
         elif self.rope is not None and not isinstance(self.rope, RopeScaling):
             raise InvalidRequest(f"rope must be a RopeScaling, got {self.rope!r}", "rope")
@@ -147,6 +147,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, whatever the random numbers say."""
         return self.temperature == 0.0
+
+
+def no_such_rotation(error: ConfigError) -> InvalidRequest:
+    """What is wrong with a request's `rope`; the message begins with the field's name."""
+    message = str(error)
+    return InvalidRequest(message, message.split(" ", 1)[0])
 
 
 def _check_number(

@@ -15,7 +15,7 @@ YarnRamp = Literal["dimension", "rotations"]
 MAX_CONTEXT = 2**31 - 1
 """Positions are integers of 32 bits."""
 
-MAX_FACTOR = float(2**31)
+MAX_FACTOR = 2**31
 MAX_TURNS = 1e6
 MIN_TURNS = 1e-6
 MAX_ATTENTION_FACTOR = 1e3
@@ -123,7 +123,9 @@ class RopeScaling:
                 raise ConfigError(_no_such_option(kind, name))
         if "factor" not in values and kind not in ("default", "xpos"):
             raise ConfigError(f"rope.factor is required for type {kind}")
-        return cls(**values)
+        scaling = cls(**values)
+        at_most("rope.factor", scaling.factor, MAX_FACTOR)
+        return scaling
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that from_dict reads: the type and its own options."""

@@ -17,6 +17,7 @@ from engine.request import (
     RequestOptions,
     SamplingParams,
     Window,
+    no_such_rotation,
 )
 from engine.scaling import RopeScaling
 
@@ -172,7 +173,7 @@ class Admission:
             try:
                 rope.check_model(engine.rotary_dim, engine.learned_frequencies)
             except ConfigError as error:
-                raise InvalidRequest(str(error), "rope") from error
+                raise no_such_rotation(error) from error
             if engine.rope.type == "xpos" and (rope.type, rope.scale_base) != (
                 "xpos",
                 engine.rope.scale_base,
