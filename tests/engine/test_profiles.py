@@ -140,9 +140,9 @@ def test_every_type_in_one_batch_equals_the_uncached_forward(directory: Path) ->
     params = []
     for at, rope in enumerate(ROPES):
         context = CONTEXT if rope is None else rope.context(CONTEXT)
-        for length in (3, 50, context - 5):
+        for length in (3, context - 5):
             prompts.append(some_ids(length, seed=at))
-            params.append(greedy(rope, None if length > 50 else 40))
+            params.append(greedy(rope, 40 if length == 3 else None))
     model = load_model(directory, torch.float32)
     completions = llm.generate(prompts, params)
     for each, completion in zip(params, completions, strict=True):
