@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from engine import LLM, SamplingParams
 from engine.errors import CheckpointError
 from engine.model.loader import load_model, read_config
+from engine.scaling import RopeScaling
 from tests.models import write_tokenizer
 from tests.weights.checkpoints import (
     TOKENS,
@@ -143,6 +144,23 @@ def test_learned_frequencies_of_rotary_embedding_torch(tmp_path: Path, per_layer
         assert completion.logprobs[0].logprob == pytest.approx(
             float(expected[at - 1].max()), abs=1e-4
         )
+
+
+def test_xpos_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    config, tensors = make(tmp_path / "model")
+    state = rename(interleave(tensors, config), NANOGPT, config)
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    rotary = RotaryEmbedding(dim=16, use_xpos=True)
+    state["transformer.rotary_emb.freqs"] = rotary.freqs
+    state["transformer.rotary_emb.scale"] = rotary.scale  # its buffer was persistent once
+    path = tmp_path / "ckpt.pt"
+    torch.save({"model": state, "model_args": nanogpt_args(config)}, path)
+    declared: dict[str, Any] = {"qkv_layout": "stacked"}
+    with pytest.raises(CheckpointError, match=r"rotary_emb.scale says xPos, .* declare rope"):
+        convert(path, tmp_path / "out", declared=declared)
+    declared["rope"] = {"type": "xpos", "scale_base": 64}
+    convert(path, tmp_path / "out", declared=declared)
+    assert read_config(tmp_path / "out").rope == RopeScaling(type="xpos", scale_base=64)
 
 
 def write_hugging_face(directory: Path, state: dict[str, Tensor], said: dict[str, Any]) -> None:

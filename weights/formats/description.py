@@ -92,6 +92,7 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     _check_types(description)
     _from_tensors(description)
     _from_frequencies(description)
+    _check_decay(description)
     _settle_rotation(description)
     if chosen.layout is not None or "norm.bias" in description.parts:
         description.note("norm", "layernorm", "the architecture")
@@ -291,6 +292,16 @@ def _from_frequencies(description: Description) -> None:
                 f"{description.why[name]} {description.known[name]}; declare which is right"
             )
         description.note(name, value, "stored frequencies")
+
+
+def _check_decay(description: Description) -> None:
+    """Older versions of rotary-embedding-torch leave xPos's zeta behind, but not its scale_base."""
+    for name, tensor in description.source.tensors.items():
+        if re.fullmatch(r".*rotary.*\.scale", name) and "rope" not in description.known:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} says xPos, and not its scale_base; declare rope, "
+                'such as {"type": "xpos", "scale_base": 512}, or {"type": "default"} if there was none'
+            )
 
 
 def _check_types(description: Description) -> None:
