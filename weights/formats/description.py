@@ -300,7 +300,7 @@ def _check_decay(description: Description) -> None:
         if re.fullmatch(r".*rotary.*\.scale", name) and "rope" not in description.known:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} says xPos, and not its scale_base; declare rope, "
-                'such as {"type": "xpos", "scale_base": 512}, or {"type": "default"} if there was none'
+                'such as {"type": "xpos", "scale_base": 512}, or {"type": "default"} for none'
             )
 
 
