@@ -19,6 +19,7 @@ from weights.convert import Target
 from weights.formats.description import LAYOUT, describe
 from weights.inspect import judge, show_description, show_verdict
 from weights.source import open_source
+from weights.summary import show
 from weights.vocabulary import convert_tokenizer
 
 
@@ -39,7 +40,8 @@ def parse_declarations(pairs: Sequence[str]) -> dict[str, Any]:
     return declared
 
 
-def _read_text(path: Path | None) -> str | None:
+def read_text(path: Path | None) -> str | None:
+    """What --text names. Raises CheckpointError."""
     try:
         return None if path is None else path.read_text("utf-8")
     except (OSError, ValueError) as error:
@@ -52,8 +54,8 @@ def convert(
     """Write the model directory and show what was done. Raises RopewayError."""
     console = Console(stderr=True)
     values = parse_declarations(declared)
-    converted = conversion.convert(source, destination, to, values, _read_text(text), console)
-    conversion.show(converted, Console())
+    converted = conversion.convert(source, destination, to, values, read_text(text), console)
+    show(converted.summary(), Console())
 
 
 def inspect(source: Path, text: Path | None, declared: Sequence[str]) -> bool:
@@ -75,6 +77,6 @@ def inspect(source: Path, text: Path | None, declared: Sequence[str]) -> bool:
             )
             return False
         tokenizer = Tokenizer.from_directory(Path(folder))
-    verdict = judge(description, tokenizer, _read_text(text), Console(stderr=True))
+    verdict = judge(description, tokenizer, read_text(text), Console(stderr=True))
     show_verdict(verdict, console)
     return verdict.clear

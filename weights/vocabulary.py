@@ -20,7 +20,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, TokenizerError
 from engine.frontend.tokenizer import CONFIG_FILE, RANKS_FILE, Tokenizer
-from weights.source import read_json
+from weights.files import read_json
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_RANKS = 50_256
