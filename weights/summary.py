@@ -41,17 +41,18 @@ class Summary(msgspec.Struct, frozen=True):
 
 def show(summary: Summary, console: Console) -> None:
     """Print it."""
-    console.print(f"[bold]{summary.directory}[/bold], from {summary.format}", highlight=False)
-    console.print(
+    for line in (
+        f"[bold]{summary.directory}[/bold], from {summary.format}",
         f"{summary.shape}; {summary.num_tensors} tensors, {summary.size / 1e6:,.1f} MB; "
-        f"tokenizer: {summary.tokenizer}"
-    )
+        f"tokenizer: {summary.tokenizer}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
     table = Table("setting", "value", "from")
     for row in summary.settings:
         table.add_row(*row)
     console.print(table)
     if summary.verdict:
-        console.print(f"verdict: {summary.verdict}", highlight=False)
+        console.print(f"verdict: {summary.verdict}", soft_wrap=True, highlight=False)
 
 
 def found(summary: Summary) -> str:

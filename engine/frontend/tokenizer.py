@@ -13,6 +13,7 @@ from typing import Any
 import tiktoken
 
 from engine.errors import TokenizerError
+from engine.frontend.preparation import CHARACTERS_PER_BYTE, Preparation
 
 RANKS_FILE = "tokenizer.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
@@ -65,14 +66,23 @@ class Tokenizer:
     """A byte-level BPE. Text of special tokens in a prompt is text, nothing more."""
 
     def __init__(
-        self, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
+        self,
+        pattern: str,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        preparation: Preparation | None = None,
     ) -> None:
         """pattern: the split; ranks: token -> id and priority; special_tokens: name -> id.
 
+        preparation: what becomes of a text before the split.
         Raises TokenizerError where tiktoken refuses them or two tokens share an id.
         """
-        ids = [*ranks.values(), *special_tokens.values()]
-        if len(set(ids)) != len(ids):
+        self._preparation = preparation
+        added = {} if preparation is None else {a.id: a.text.encode() for a in preparation.added}
+        # The same bytes by a merge and by being cut out of the text may be the same token.
+        self._added = {i: text for i, text in added.items() if ranks.get(text) != i}
+        ids = [*ranks.values(), *special_tokens.values(), *self._added]
+        if len(set(ids)) != len(ids) or (preparation and len(added) != len(preparation.added)):
             raise TokenizerError("two tokens of the tokenizer share an id")
         self.special_tokens = dict(special_tokens)
         self._special_ids = frozenset(special_tokens.values())
@@ -86,7 +96,10 @@ class Tokenizer:
             )
         except ValueError as error:
             raise TokenizerError(f"the tokenizer cannot be built: {error}") from error
-        self.longest_token = max(map(len, ranks))
+        normalizes = preparation is not None and preparation.normalization is not None
+        longest = max(map(len, [*ranks, *added.values()]))
+        self.longest_token = longest * (CHARACTERS_PER_BYTE if normalizes else 1)
+        """Characters of a text that may become one token, at most."""
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
@@ -97,7 +110,12 @@ class Tokenizer:
                 return CharacterTokenizer.from_directory(directory)
             raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
         config = _read_config(directory / CONFIG_FILE)
-        return cls(config["pattern"], _read_ranks(path), config.get("special_tokens", {}))
+        try:
+            preparation = Preparation.from_config(config)
+        except TokenizerError as error:
+            raise TokenizerError(f"{directory / CONFIG_FILE}: {error}") from error
+        special = config.get("special_tokens", {})
+        return cls(config["pattern"], _read_ranks(path), special, preparation)
 
     def __len__(self) -> int:
         """One more than the highest id."""
@@ -118,6 +136,14 @@ class Tokenizer:
         expression give up (a million spaces).
         """
         text.encode("utf-8")
+        if self._preparation is None:
+            return self._encode(text)
+        ids: list[int] = []
+        for piece in self._preparation.pieces(text):
+            ids += [piece] if isinstance(piece, int) else self._encode(piece)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
@@ -129,6 +155,8 @@ class Tokenizer:
         """The bytes of a token; nothing for a special one. KeyError where no token has the id."""
         if token_id in self._special_ids:
             return b""
+        if token_id in self._added:
+            return self._added[token_id]
         return self._encoding.decode_single_token_bytes(token_id)
 
     def decode(self, token_ids: Sequence[int]) -> str:
