@@ -20,6 +20,9 @@ CONFIG_FILE = "tokenizer_config.json"
 RANK = re.compile(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) (\d{1,9})")
 """A line of a ranks file."""
 
+UTF8_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
+"""All that a text can hold; GPT-NeoX has no tokens for the others."""
+
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Lines of `base64(token) rank`, as tiktoken publishes them."""
@@ -34,7 +37,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(match[1])] = int(match[2])
         elif line:
             raise TokenizerError(f"{path}:{number}: expected `base64 rank`, got {line!r}")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    missing = [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]
     if missing:
         raise TokenizerError(
             f"{path}: {len(missing)} single bytes have no rank, first {missing[0]}"
