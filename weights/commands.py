@@ -37,15 +37,24 @@ def parse_declarations(pairs: Sequence[str]) -> dict[str, Any]:
             declared[name] = json.loads(value)
         except ValueError:
             declared[name] = value
+        if declared[name] is None:
+            raise CheckpointError(f"--set {pair}: null is no value")
     return declared
 
 
 def read_text(path: Path | None) -> str | None:
     """What --text names. Raises CheckpointError."""
+    if path is None:
+        return None
     try:
-        return None if path is None else path.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--text {path}: {error}") from error
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"--text {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"--text {path}: is no text in UTF-8: {error}") from error
+    if not text.strip():
+        raise CheckpointError(f"--text {path}: is empty")
+    return text
 
 
 def convert(

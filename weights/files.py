@@ -66,7 +66,7 @@ def shards_of(weights: Path) -> list[Path]:
         raise CheckpointError(f"{weights}: has no weight_map")
     files = sorted({str(name) for name in names.values()})
     for name in files:
-        if Path(name).name != name:
+        if Path(name).name != name or name not in names.values():
             raise CheckpointError(f"{weights}: shard {name!r} is not a plain file name")
     return [weights.parent / name for name in files]
 
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")

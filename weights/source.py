@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,9 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every name."""
+
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""What torch.save() wrote first before 1.6: a pickle of its magic number."""
 
 STATES = ("model", "state_dict", "model_state_dict")
 SETTINGS = ("model_args", "config", "model_config")
@@ -109,7 +113,7 @@ def _read_settings(weights: Path) -> tuple[dict[str, Any], str]:
         return read_json(path), path.name
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a mapping, got {type(content).__name__}")
@@ -190,6 +194,13 @@ def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], st
     A pickle is a program. Only one that builds tensors and plain values is let run; a mapped file
     takes no memory until a tensor is read.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(len(LEGACY)) == LEGACY:
+                raise CheckpointError(
+                    f"{path}: is in the format from before PyTorch 1.6, which cannot be mapped; "
+                    "load it with torch.load(..., weights_only=True) and torch.save it again"
+                )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

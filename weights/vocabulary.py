@@ -13,7 +13,7 @@ import pickle
 import random
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -79,10 +79,10 @@ def convert_tokenizer(source: Path, directory: Path) -> str:
         shutil.copyfile(source / CONFIG_FILE, directory / CONFIG_FILE)
         return f"{CONFIG_FILE}, characters"
     if (source / JSON_FILE).is_file():
-        vocabulary, reference = _from_json(source / JSON_FILE)
+        vocabulary, reference = _built(source / JSON_FILE, _from_json)
         name = JSON_FILE
     elif merges := next((source / m for m in MERGES if (source / m).is_file()), None):
-        vocabulary, reference = _from_merges(source, merges)
+        vocabulary, reference = _built(merges, _from_merges)
         name = f"{merges.name}, {len(vocabulary.tokens):,} tokens"
     elif (source / CHARACTERS_FILE).is_file():
         characters = read_characters(source / CHARACTERS_FILE)
@@ -172,9 +172,19 @@ def _library() -> Any:
     return tokenizers
 
 
-def _from_merges(source: Path, path: Path) -> tuple[Vocabulary, Any]:
+def _built(path: Path, build: Callable[[Path], tuple[Vocabulary, Any]]) -> tuple[Vocabulary, Any]:
+    """What `build` makes of a file that may hold anything. Raises TokenizerError."""
+    try:
+        return build(path)
+    except TokenizerError:
+        raise
+    except Exception as error:  # the library raises bare ones
+        raise TokenizerError(f"{path}: is no tokenizer as they are written: {error!r}") from error
+
+
+def _from_merges(path: Path) -> tuple[Vocabulary, Any]:
     """GPT-2's own two files; added_tokens.json beside them, where a GPT-J or CodeGen has one."""
-    library = _library()
+    library, source = _library(), path.parent
     name = next((source / v for v in VOCABULARIES if (source / v).is_file()), None)
     if name is None:
         raise TokenizerError(f"{path}: needs {' or '.join(VOCABULARIES)} beside it")

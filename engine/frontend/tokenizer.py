@@ -50,7 +50,7 @@ def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
@@ -192,7 +192,10 @@ class CharacterTokenizer(Tokenizer):
         characters = _read_json(path).get("characters")
         if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
             raise TokenizerError(f"{path}: `characters` must be a list of texts")
-        return cls(characters)
+        try:
+            return cls(characters)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. UnicodeEncodeError for a character that the alphabet lacks."""

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from engine.errors import CheckpointError
 from server.cli import app
+from server.outcome import INTERRUPTED
 from tests.models import write_tokenizer
 from tests.server.test_serve import serve
 from tests.weights.checkpoints import logits, make, nanogpt_args, rename
@@ -147,6 +148,15 @@ def test_an_interrupted_conversion_leaves_nothing(
     process.send_signal(number)
     assert process.wait(20) != 0
     waited(lambda: not any(cache.iterdir()))
+
+
+def test_an_interrupted_convert_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "convert", str(trained), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    waited((tmp_path / "out.partial").is_dir)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == INTERRUPTED
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
 def waited(condition: object, seconds: float = 30.0) -> None:

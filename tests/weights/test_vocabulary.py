@@ -33,6 +33,10 @@ from weights.bpe import train_tokenizer
 from weights.inspect import sample_text
 from weights.vocabulary import convert_tokenizer, read_characters
 
+RELAXED = settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
 
 def trained(special: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
@@ -59,7 +63,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Ours]:
 
 
 @given(text=st.text())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_tokenizer_json_on_any_text(pair: tuple[Tokenizer, Ours], text: str) -> None:
     theirs, ours = pair
     assert ours.encode(text) == theirs.encode(text).ids
@@ -136,7 +140,7 @@ PIECES += [
 
 
 @given(data=st.data())
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@RELAXED
 def test_added_tokens_and_normalisation_on_any_text(
     structure: tuple[Tokenizer, Ours, list[str]], data: st.DataObject
 ) -> None:
@@ -155,7 +159,7 @@ def test_added_tokens_and_normalisation_on_any_text(
 
 
 @given(data=st.data())
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@RELAXED
 def test_any_output_is_detokenised(
     structure: tuple[Tokenizer, Ours, list[str]], data: st.DataObject
 ) -> None:
@@ -303,6 +307,30 @@ def test_what_would_differ_is_refused(
         convert_tokenizer(tmp_path, tmp_path)
 
 
+BYTE_LEVEL = {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "ByteLevel"}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"model": 3},
+        {"model": {"vocab": {"a": 0}, "merges": [3]}, **BYTE_LEVEL},
+        {"model": {"vocab": {"a": "b"}}, **BYTE_LEVEL},
+        {"model": {"vocab": {"a": 0}}, **BYTE_LEVEL, "decoder": 3},
+        {"model": {"vocab": {"a": 0}}, **BYTE_LEVEL, "normalizer": 3},
+        {"model": {"vocab": {"a": 0}}, **BYTE_LEVEL, "added_tokens": [3]},
+        {"model": {"vocab": {}}, **BYTE_LEVEL},
+        "[" * 200_000,
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        convert_tokenizer(tmp_path, tmp_path)
+
+
 def test_merges_that_ranks_cannot_express(tmp_path: Path) -> None:
     tokenizer = trained()
     content = json.loads(tokenizer.to_str())
@@ -362,7 +390,7 @@ def test_alphabets_that_cannot_be(tmp_path: Path, content: Any, message: str) ->
 
 
 @given(content=st.binary(max_size=64))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_any_pickle(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "meta.pkl"
     path.write_bytes(content)

@@ -275,8 +275,16 @@ def _from_tensors(description: Description) -> None:
     eos = known.get("eos_token_id")
     description.note("vocab_size", known["padded_vocab_size"], "shapes")
     known["vocab_size"] = min(known["vocab_size"], known["padded_vocab_size"])
-    if eos is None or not 0 <= eos < known["vocab_size"]:
-        known.pop("eos_token_id", None)
+    if eos is not None and not 0 <= eos < known["vocab_size"]:
+        why = description.why["eos_token_id"]
+        if why == "declared":
+            raise CheckpointError(
+                f"{description.source.path}: eos_token_id must be an id below "
+                f"{known['vocab_size']}, got {eos}"
+            )
+        # GPT-2's 50,256 stands in many a config.json whose vocabulary is smaller.
+        description.why["eos_token_id"] = f"{why} is {eos}, which no token has"
+        known.pop("eos_token_id")
 
 
 def _from_frequencies(description: Description) -> None:

@@ -54,6 +54,9 @@ UNSUPPORTED = {
 
 UNSUPPORTED_CODE = {
     r"\battn_scale\b": "its trainer scales what attention adds, which is not supported",
+    r"\bwte\(\w+\)[^\n]*\n\s*x = F\.rms_norm": (
+        "its trainer normalises the embedding, which is not supported"
+    ),
     r"\btanh\(\s*logits": "its trainer caps the logits, which is not supported",
 }
 """Refused where a file brings its trainer's code along."""
