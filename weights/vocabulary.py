@@ -275,7 +275,19 @@ def _pattern(path: Path, content: Mapping[str, Any]) -> tuple[str, bool]:
     )
 
 
-WORDS = (" the", "don't", "we'LL", "  ", "\n\n", "\t", "é", "e\u0301", "1234567", "٣", "中文字")
+WORDS: tuple[str, ...] = (
+    " the",
+    "don't",
+    "we'LL",
+    "  ",
+    "\n\n",
+    "\t",
+    "é",
+    "e\u0301",
+    "1234567",
+    "٣",
+    "中文字",
+)
 WORDS += ("🙂", "👩\u200d👩\u200d👧", "\u00a0", "\u2028", "\u200b", "ß", "ﬁ", "İ", "'s", "_x")
 WORDS += ("\r\n", "…", "\x00", " ", "   ", "\t\t", "\u212b")
 WORDS += ("\u1112\u1161\u11ab", "q\u0323\u0307", "a\u0301\u0323")
