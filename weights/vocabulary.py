@@ -91,6 +91,7 @@ def convert_tokenizer(source: Path, directory: Path) -> str:
         return f"{CHARACTERS_FILE}, {len(characters)} characters"
     else:
         return ""
+    _check_wrapper(source, vocabulary)
     compare(vocabulary.tokenizer(), reference, vocabulary, name)
     vocabulary.write(directory)
     return name
@@ -101,6 +102,21 @@ def _config(path: Path) -> dict[str, Any]:
         return read_json(path)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
+
+
+def _check_wrapper(source: Path, vocabulary: Vocabulary) -> None:
+    """Raise where Hugging Face's tokenizer_config.json does more than the tokenizer's own file."""
+    path = source / CONFIG_FILE
+    config = _config(path) if path.is_file() else {}
+    for key in ("add_bos_token", "add_eos_token"):
+        if config.get(key):
+            raise TokenizerError(f"{path}: {key} puts a token beside each text; not supported")
+    space = vocabulary.preparation is not None and vocabulary.preparation.prefix_space
+    if config.get("add_prefix_space", space) not in (space, None):
+        raise TokenizerError(
+            f"{path}: add_prefix_space is {config['add_prefix_space']!r}, the tokenizer's own file "
+            f"says {space}; let them agree"
+        )
 
 
 def _copy_ranks(source: Path, directory: Path) -> str:

@@ -307,6 +307,29 @@ def test_what_would_differ_is_refused(
         convert_tokenizer(tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"add_bos_token": True}, "add_bos_token puts a token beside each text"),
+        (
+            {"add_prefix_space": True},
+            "add_prefix_space is True, the tokenizer's own file says False",
+        ),
+        ({"add_prefix_space": False, "add_bos_token": False, "unk_token": "x"}, None),
+    ],
+)
+def test_what_hugging_face_adds(tmp_path: Path, config: Any, message: str | None) -> None:
+    trained().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    if message is None:
+        assert convert_tokenizer(tmp_path, out) == "tokenizer.json"
+    else:
+        with pytest.raises(TokenizerError, match=message):
+            convert_tokenizer(tmp_path, out)
+
+
 BYTE_LEVEL = {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "ByteLevel"}}
 
 
