@@ -175,11 +175,8 @@ def serve(
 
     began = time.monotonic()
     with reported():
-        if model is None:
-            directory = model_directory(None)
-        else:
-            wanted = Wanted(model, text, declare or ())
-            directory = servable(wanted, cache_dir or cache_directory(), Console(stderr=True))
+        wanted = Wanted(model or model_directory(None), text, declare or ())
+        directory = servable(wanted, cache_dir or cache_directory(), Console(stderr=True))
         tokenizer = Tokenizer.from_directory(directory)
         config = EngineConfig(
             model_dir=str(directory),
