@@ -37,6 +37,8 @@ ENV PATH=/opt/ropeway/bin:$PATH \
     ROPEWAY_SERVE_PORT=8000
 USER ropeway
 WORKDIR /home/ropeway
+# Converted checkpoints: -v ropeway-cache:/home/ropeway/.cache/ropeway keeps them.
+RUN mkdir -p .cache/ropeway
 EXPOSE 8000
 # http.client and not urllib, which would take a proxy's address from the environment.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", \
