@@ -22,6 +22,7 @@ from rich.table import Table
 from engine import LLM
 from engine.messages import EngineReady
 from engine.model.loader import read_config
+from loadtest.chaos import chaos
 from loadtest.determinism import Load, compare
 from loadtest.machine import Machine
 from loadtest.quality import quality
@@ -251,4 +252,5 @@ def determinism(
         raise typer.Exit(1)
 
 
+app.command()(chaos)
 app.command()(quality)

@@ -123,7 +123,7 @@ def compare(
         window = Window(size, num_blocks, kept)
         (score,) = llm.score([token_ids], SHIFT, window=window)
         shifted = [each.logprob for each in score.logprobs[length:]]
-        note(f"shift, {kept} sink page{'' if kept == 1 else 's'}", shifted, began)
+        note(f"shift, sinks {kept}", shifted, began)
         progress(1.0)
     info = llm.info
     return {
@@ -147,13 +147,17 @@ def quality(
         int | None, typer.Option(help="Engine threads.", show_default="one per core")
     ] = None,
     text: Annotated[
-        Path, typer.Option(help="Text that is longer than the context.", show_default="a sample")
+        Path,
+        typer.Option(
+            help="UTF-8 text that outgrows the context.",
+            show_default="a sample",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = SAMPLE,
     stride: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens by which windows that are computed anew move.", show_default="a page"
-        ),
+        typer.Option(help="Tokens by which a window computed anew moves.", show_default="a page"),
     ] = None,
     sinks: Annotated[
         str, typer.Option(help="Pages at the beginning that shifting keeps, by commas.")
@@ -175,7 +179,10 @@ def quality(
     most = llm.info.max_position // llm.info.block_size - 2
     if not all(0 <= each <= most for each in kept):
         raise typer.BadParameter(f"--sinks must be numbers from 0 to {most}, got {sinks!r}")
-    content = text.read_text("utf-8")
+    try:
+        content = text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"--text {text} is not UTF-8: {error}") from error
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("scoring", total=1.0 + len(kept))
