@@ -57,16 +57,16 @@ class Plan:
     output_tokens: int
     max_num_seqs: int
 
-    def bodies(self, vocab_size: int, context: int) -> list[dict[str, Any]]:
+    def bodies(self, token_ids: Sequence[int], context: int) -> list[dict[str, Any]]:
         """Bodies of /generate, the same in every round: half begin alike; greedy and sampled, with
         penalties, log-probabilities and priorities; every tenth outgrows the context and shifts."""
         rng = random.Random(f"chaos.{self.seed}")
-        common = [rng.randrange(vocab_size - 1) for _ in range(self.prompt_tokens)]
+        common = [rng.choice(token_ids) for _ in range(self.prompt_tokens)]
         bodies: list[dict[str, Any]] = []
         for at in range(self.streams):
             length = rng.randint(1, self.prompt_tokens)
             shared = rng.randint(0, length) if at % 2 else 0
-            own = [rng.randrange(vocab_size - 1) for _ in range(length - shared)]
+            own = [rng.choice(token_ids) for _ in range(length - shared)]
             body: dict[str, Any] = {
                 "prompt": common[:shared] + own,
                 "max_tokens": rng.randint(1, self.output_tokens),
@@ -379,7 +379,8 @@ async def run(
         max_num_batched_tokens=4096,
     )
     info = llm.info
-    bodies = plan.bodies(min(len(llm.tokenizer), 8192), info.max_position)
+    known = [token_id for token_id in range(len(llm.tokenizer)) if token_id in llm.tokenizer]
+    bodies = plan.bodies(known, info.max_position)
     alone = run_alone(llm, bodies, progress)
     memory = half_memory(info, plan, bodies)
     options = {

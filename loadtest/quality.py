@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engine import LLM, RequestOptions
+from engine.config import CacheConfig
 from engine.errors import InvalidRequest
 from engine.request import SINK_BLOCKS, Window
 
@@ -155,6 +156,9 @@ def quality(
             dir_okay=False,
         ),
     ] = SAMPLE,
+    block_size: Annotated[
+        int, typer.Option(help="Tokens in a page of the cache: 16, 32 or 64.")
+    ] = CacheConfig().block_size,
     stride: Annotated[
         int | None,
         typer.Option(help="Tokens by which a window computed anew moves.", show_default="a page"),
@@ -175,8 +179,14 @@ def quality(
         kept = [int(each) for each in sinks.split(",")]
     except ValueError:
         kept = [-1]
-    llm = LLM(model, dtype=dtype, threads=threads, max_num_seqs=BATCH)  # type: ignore[arg-type]
-    most = llm.info.max_position // llm.info.block_size - 2
+    llm = LLM(model, dtype=dtype, threads=threads, max_num_seqs=BATCH, block_size=block_size)  # type: ignore[arg-type]
+    num_blocks = llm.info.max_position // block_size
+    most = num_blocks - 2
+    if most < SINK_BLOCKS:
+        raise typer.BadParameter(
+            f"--block-size {block_size}: a context of {llm.info.max_position} tokens has "
+            f"{num_blocks} pages; shifting needs {SINK_BLOCKS + 2}"
+        )
     if not all(0 <= each <= most for each in kept):
         raise typer.BadParameter(f"--sinks must be numbers from 0 to {most}, got {sinks!r}")
     try:
