@@ -8,7 +8,7 @@ ARGS ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types unit format install bench clean help
+.PHONY: serve test lint types unit format install bench chaos clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -65,6 +65,10 @@ bench: $(VENV)/.installed ## latency and throughput on this machine
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/ropeway bench latency
 	$(BIN)/ropeway bench throughput
+
+chaos: $(VENV)/.installed ## mistreat a server: clients leave, the engine is killed (ARGS=)
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/ropeway bench chaos $(ARGS)
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info engine/model/attention/*.so

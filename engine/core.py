@@ -215,6 +215,7 @@ class EngineCore:
                 stop_token_ids=frozenset(message.stop_token_ids),
                 options=message.options,
                 window=message.window,
+                targets=message.targets,
                 output_token_ids=message.output_token_ids,
                 choice=message.choice,
                 suspect=message.suspect,
@@ -232,10 +233,10 @@ class EngineCore:
         if self._journal is not None and step.scheduled:
             request_ids = [item.request.request_id for item in step.scheduled]
             self._journal.begin(request_ids, alone=step.alone)
-        sampled = self._runner.execute(step)
+        result = self._runner.execute(step)
         if self._journal is not None:
             self._journal.end()
-        return self._scheduler.update(step, sampled)
+        return self._scheduler.update(step, result)
 
 
 class EngineLoop:

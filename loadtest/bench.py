@@ -22,8 +22,10 @@ from rich.table import Table
 from engine import LLM
 from engine.messages import EngineReady
 from engine.model.loader import read_config
+from loadtest.chaos import chaos
 from loadtest.determinism import Load, compare
 from loadtest.machine import Machine
+from loadtest.quality import quality
 from loadtest.workload import Measured, Workload, run_http, run_offline, served
 
 app = typer.Typer(
@@ -248,3 +250,7 @@ def determinism(
     )
     if document["differences"]:
         raise typer.Exit(1)
+
+
+app.command()(chaos)
+app.command()(quality)

@@ -92,11 +92,7 @@ class Sampler:
 
         Raises FloatingPointError where a row has NaN or infinity: no token would be right.
         """
-        logits = logits[:, : self._vocab_size]
-        if not logits.amax(dim=-1).isfinite().all():
-            raise FloatingPointError("the model's logits are not finite")
-        if len(self._unused):
-            logits.index_fill_(1, self._unused, -torch.inf)
+        logits = self._checked(logits)
         logprobs = self._model_logprobs(logits, requests)
         for row, request in enumerate(requests):
             if _has_penalty(request):
@@ -112,6 +108,29 @@ class Sampler:
                 zip(token_ids.tolist(), requests, strict=True)
             )
         ]
+
+    def score(self, logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+        """Logits float32 [len(token_ids), >= vocab_size], overwritten -> what each token has in its
+        row, and the `top` likeliest. Raises FloatingPointError as above."""
+        logits = self._checked(logits)
+        logprobs = logits.log_softmax(dim=-1)
+        taken = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        values, ids = logprobs.topk(min(top, self._vocab_size), dim=-1)
+        return [
+            TokenLogprobs(logprob, list(zip(*pair, strict=True)))
+            for logprob, pair in zip(
+                taken.tolist(), zip(ids.tolist(), values.tolist(), strict=True), strict=True
+            )
+        ]
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        """The logits of real tokens, in place; what no token has cannot come."""
+        logits = logits[:, : self._vocab_size]
+        if not logits.amax(dim=-1).isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
+        if len(self._unused):
+            logits.index_fill_(1, self._unused, -torch.inf)
+        return logits
 
     @staticmethod
     def _model_logprobs(logits: Tensor, requests: Sequence[Request]) -> dict[int, Tensor]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.messages import (
     EngineOutput,
     EngineStats,
-    SampledToken,
     ScheduledRequest,
     SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
 )
 from engine.request import FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
@@ -50,6 +51,7 @@ class Scheduler:
         self._released: list[str] = []
         self._deadlines: list[tuple[float, str]] = []  # soonest first
         self._ended: list[EngineOutput] = []  # without a token, in this step
+        self._scores: dict[str, list[TokenLogprobs]] = {}  # until the request's next token
         self._numbers = count()
         self._steps = 0
         self._preemptions = 0
@@ -147,13 +149,16 @@ class Scheduler:
             self._take(suspect, self.config.max_num_batched_tokens, scheduled)
         return True
 
-    def update(self, step: SchedulerOutput, sampled: Sequence[SampledToken]) -> list[EngineOutput]:
-        """Take in what a step computed: `sampled` in the order of the scheduled that sample."""
+    def update(self, step: SchedulerOutput, result: StepResult) -> list[EngineOutput]:
+        """Take in what a step computed."""
         outputs, self._ended = self._ended, []
-        tokens = iter(sampled)
+        tokens = iter(result.sampled)
         for item in step.scheduled:
             request = item.request
             request.num_computed_tokens += item.num_tokens
+            if scores := result.scores.get(request.request_id):
+                request.num_scored += len(scores)
+                self._scores.setdefault(request.request_id, []).extend(scores)
             self.tables.remember(request)
             if not item.samples:
                 continue
@@ -170,6 +175,7 @@ class Scheduler:
                 request.finish_reason = FinishReason.STOP
             elif request.num_output_tokens >= request.max_tokens:
                 request.finish_reason = FinishReason.LENGTH
+            all_scores = self._scores.pop(request.request_id, None)
             if request.finish_reason is not None:
                 self._forget(request)
             elif request.span > request.steady_until:
@@ -183,6 +189,7 @@ class Scheduler:
                     token.logprobs,
                     queue_seconds,
                     request.num_cached_tokens if index == 0 else 0,
+                    all_scores,
                 )
             )
         return outputs
@@ -321,6 +328,7 @@ class Scheduler:
             del self._deadlines[bisect_left(self._deadlines, deadline)]
         request.status = RequestStatus.FINISHED
         self._released.append(request.request_id)
+        self._scores.pop(request.request_id, None)
         del self._requests[request.request_id]
 
 

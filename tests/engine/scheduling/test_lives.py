@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engine.config import SchedulerConfig
-from engine.messages import SampledToken, SchedulerOutput
+from engine.messages import SampledToken, SchedulerOutput, StepResult
 from engine.request import (
     SINK_BLOCKS,
     FinishReason,
@@ -143,7 +143,7 @@ class Lives(RuleBasedStateMachine):
             self.check_nobody_waits_in_vain(output)
         self.compute(output)
         sampled = [SampledToken(7) for item in output.scheduled if item.samples]
-        for one in scheduler.update(output, sampled):
+        for one in scheduler.update(output, StepResult(sampled)):
             request = self.alive[one.request_id]
             if one.token_id is None:
                 assert one.finish_reason is FinishReason.TIMEOUT
