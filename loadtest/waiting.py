@@ -1,0 +1,144 @@
+"""`bench queue`: whether those that run are slowed by those that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config import DType
+from loadtest.client import ROPEWAY, Unmeasurable, session, stream
+from loadtest.figures import ranged, share, spread
+from loadtest.gauges import read_gauges
+from loadtest.machine import Machine, Others
+from loadtest.report import Column, document
+from loadtest.roofline import Sizes, decode_limit
+from loadtest.servers import ropeway
+from loadtest.workload import Measured, Workload
+
+COLUMNS: Sequence[Column] = (
+    ("waiting", lambda row: str(row["waiting"])),
+    ("streams", lambda row: str(row["streams"])),
+    ("decode tokens/s", lambda row: ranged(row["decode_tokens_per_s"])),
+    ("of read limit", lambda row: share(row["of_read_limit"])),
+    ("of that with none", lambda row: share(row["of_none_waiting"])),
+)
+POLL_SECONDS = 0.05
+QUEUE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Streams that hold all seats of a server, and requests that wait for one."""
+
+    workload: Workload
+    waiting: int
+
+    async def tokens_per_s(self, url: str, repeat: int) -> float:
+        """Of the running streams, over the second half of their outputs, while the others wait.
+
+        Raises Unmeasurable where that half began before all of them waited.
+        """
+        workload, half = self.workload, self.workload.output_tokens // 2
+        running = Measured()
+        queued = Workload(max(1, self.waiting), 8, 2, workload.vocab_size, seed=1).prompts(repeat)
+        full = 0.0
+        async with session() as http:
+            streams = [
+                asyncio.ensure_future(
+                    stream(http, url, ROPEWAY, prompt, workload.output_tokens, running.of(number))
+                )
+                for number, prompt in enumerate(workload.prompts(repeat))
+            ]
+            waiting: list[asyncio.Future[None]] = []
+            try:
+                await _until(url, "num_requests_running", workload.streams)
+                waiting = [
+                    asyncio.ensure_future(stream(http, url, ROPEWAY, prompt, 2, lambda _: None))
+                    for prompt in queued[: self.waiting]
+                ]
+                await _until(url, "num_requests_waiting", self.waiting)
+                full = time.perf_counter()
+                await asyncio.gather(*streams)
+            finally:
+                for each in (*streams, *waiting):
+                    each.cancel()
+                await asyncio.gather(*streams, *waiting, return_exceptions=True)
+        await _until(url, "num_requests_running", 0)
+        begin = max(times[half] for times in running.arrivals.values())
+        end = min(times[-1] for times in running.arrivals.values())
+        if full > begin:
+            raise Unmeasurable(
+                f"{self.waiting} requests waited only after the streams' first {half} tokens; "
+                "ask for more output tokens"
+            )
+        after = sum(begin < at <= end for times in running.arrivals.values() for at in times)
+        return after / (end - begin)
+
+
+async def _until(url: str, gauge: str, value: int) -> None:
+    """Wait for a gauge to have this value; Unmeasurable after QUEUE_SECONDS."""
+    deadline = time.monotonic() + QUEUE_SECONDS
+    while (now := (await read_gauges(url))[gauge]) != value:
+        if time.monotonic() > deadline:
+            raise Unmeasurable(f"{gauge} is {now:g} after {QUEUE_SECONDS:.0f} s, not {value}")
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def measure(
+    model: Path,
+    dtype: DType,
+    threads: int | None,
+    streams: int,
+    queues: Sequence[int],
+    prompt_tokens: int,
+    output_tokens: int,
+    repeats: int,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """A server with `streams` seats, all taken, and each number of waiting requests in turns.
+
+    progress: called repeats + 1 times. Raises Unmeasurable.
+    """
+    others = Others()
+    sizes = Sizes.of(model, dtype)
+    workload = Workload(streams, prompt_tokens, output_tokens, sizes.vocab_size)
+    machine = Machine.measure(threads)
+    rates: dict[int, list[float]] = {count: [] for count in queues}
+    options = ["--dtype", sizes.dtype, "--max-num-seqs", str(streams)]
+    options += ["--max-queue", str(max(1, *queues) + streams)]
+    options += ["--threads", str(threads)] if threads is not None else []
+    with ropeway(model, options) as server:
+        for repeat in range(repeats + 1):
+            for place, count in enumerate(queues if repeat % 2 else reversed(queues)):
+                seed = repeat * len(queues) + place  # another set of prompts: none is cached
+                rate = asyncio.run(Queue(workload, count).tokens_per_s(server.url, seed))
+                if repeat:  # the first run warms up
+                    rates[count].append(rate)
+            progress()
+    limit = decode_limit(sizes, machine, workload)
+    none = statistics.median(rates[min(queues)])
+    return document(
+        "queue",
+        {"name": model.name, "parameters": sizes.parameters, "dtype": sizes.dtype},
+        machine,
+        others,
+        [
+            {
+                "waiting": count,
+                "streams": streams,
+                "prompt_tokens": prompt_tokens,
+                "output_tokens": output_tokens,
+                "decode_tokens_per_s": spread(each),
+                "read_limit_tokens_per_s": round(limit, 1),
+                "of_read_limit": round(statistics.median(each) / limit, 3),
+                "of_none_waiting": round(statistics.median(each) / none, 3),
+            }
+            for count, each in rates.items()
+        ],
+        repeats=repeats,
+    )
