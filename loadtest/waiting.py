@@ -27,8 +27,7 @@ COLUMNS: Sequence[Column] = (
     ("of read limit", lambda row: share(row["of_read_limit"])),
     ("of that with none", lambda row: share(row["of_none_waiting"])),
 )
-POLL_SECONDS = 0.05
-QUEUE_SECONDS = 60.0
+POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class Queue:
         Raises Unmeasurable where that half began before all of them waited.
         """
         workload, half = self.workload, self.workload.output_tokens // 2
-        running = Measured()
+        running, full = Measured(), 0.0
         queued = Workload(max(1, self.waiting), 8, 2, workload.vocab_size, seed=1).prompts(repeat)
-        full = 0.0
         async with session() as http:
             streams = [
                 asyncio.ensure_future(
@@ -56,19 +54,24 @@ class Queue:
             ]
             waiting: list[asyncio.Future[None]] = []
             try:
-                await _until(url, "num_requests_running", workload.streams)
-                waiting = [
+                while len(running.arrivals) < workload.streams:
+                    _still_running(streams, "all of them had a seat")
+                    await asyncio.sleep(POLL_SECONDS)
+                waiting += [
                     asyncio.ensure_future(stream(http, url, ROPEWAY, prompt, 2, lambda _: None))
                     for prompt in queued[: self.waiting]
                 ]
-                await _until(url, "num_requests_waiting", self.waiting)
+                while (await read_gauges(url))["num_requests_waiting"] < self.waiting:
+                    _still_running(streams, f"{self.waiting} others waited")
+                    await asyncio.sleep(POLL_SECONDS)
                 full = time.perf_counter()
                 await asyncio.gather(*streams)
             finally:
                 for each in (*streams, *waiting):
                     each.cancel()
                 await asyncio.gather(*streams, *waiting, return_exceptions=True)
-        await _until(url, "num_requests_running", 0)
+        while (await read_gauges(url))["num_requests_running"]:
+            await asyncio.sleep(POLL_SECONDS)
         begin = max(times[half] for times in running.arrivals.values())
         end = min(times[-1] for times in running.arrivals.values())
         if full > begin:
@@ -80,13 +83,12 @@ class Queue:
         return after / (end - begin)
 
 
-async def _until(url: str, gauge: str, value: int) -> None:
-    """Wait for a gauge to have this value; Unmeasurable after QUEUE_SECONDS."""
-    deadline = time.monotonic() + QUEUE_SECONDS
-    while (now := (await read_gauges(url))[gauge]) != value:
-        if time.monotonic() > deadline:
-            raise Unmeasurable(f"{gauge} is {now:g} after {QUEUE_SECONDS:.0f} s, not {value}")
-        await asyncio.sleep(POLL_SECONDS)
+def _still_running(streams: Sequence[asyncio.Future[None]], when: str) -> None:
+    """Unmeasurable where a stream has ended; its own error where it failed."""
+    for each in streams:
+        if each.done():
+            each.result()
+            raise Unmeasurable(f"a stream ended before {when}; ask for more output tokens")
 
 
 def measure(
