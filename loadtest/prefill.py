@@ -51,15 +51,16 @@ def measure(
         progress()
     results = []
     for length, each in seconds.items():
+        rates = [length / one for one in each]
         result: dict[str, Any] = {
             "prompt_tokens": length,
-            "tokens_per_s": spread([length / one for one in each]),
+            "tokens_per_s": spread(rates),
             "first_token_ms": spread([1000 * one for one in each], 2),
         }
         if info.device == "cpu":
             limit = prefill_limit(sizes, machine, length)
             result["limit_tokens_per_s"] = round(limit, 1)
-            result["of_limit"] = round(length / statistics.median(each) / limit, 3)
+            result["of_limit"] = round(statistics.median(rates) / limit, 3)
         results.append(result)
     return document(
         "prefill",

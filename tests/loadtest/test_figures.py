@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from loadtest import machine
 from loadtest.figures import percentile, ranged, share, spread
 from loadtest.machine import Machine, Others, doubt
 from loadtest.roofline import Sizes, decode_limit, prefill_limit
@@ -75,22 +78,40 @@ def test_limits_by_hand() -> None:
 
 def test_sizes_of_a_model(tiny_model_dir: Path) -> None:
     sizes = Sizes.of(tiny_model_dir, "float32")
-    assert sizes.weight_bytes == (tiny_model_dir / "model.safetensors").stat().st_size // 4 * 4 - (
-        (tiny_model_dir / "model.safetensors").stat().st_size - 4 * sizes.parameters
-    )
+    stored = load_file(tiny_model_dir / "model.safetensors")
+    assert sizes.parameters == sum(tensor.numel() for tensor in stored.values())
+    assert sizes.weight_bytes == 4 * sizes.parameters
+    assert sizes.embedding == stored["embedding.weight"].numel()
     assert sizes.kv_bytes == 2 * 2 * 64 * 4
     assert (sizes.max_position, sizes.dtype) == (192, "float32")
 
 
-def test_others_does_not_count_us() -> None:
+BURN = "import time; t = time.process_time\nwhile t() < 0.3: pass\nprint(flush=True); input()"
+
+
+def test_own_time_includes_children() -> None:
+    """While they live, and after they ended."""
+    before = machine._own_seconds()
+    with subprocess.Popen(
+        [sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert machine._own_seconds() - before >= 0.28
+        child.communicate(b"\n")
+    assert machine._own_seconds() - before >= 0.28
+
+
+def test_others_are_what_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"busy": 100.0, "own": 7.0, "now": 50.0}
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: clock["busy"])
+    monkeypatch.setattr(machine, "_own_seconds", lambda: clock["own"])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock["now"])
     others = Others()
-    until = time.perf_counter() + 0.5
-    while time.perf_counter() < until:
-        pass
-    mine = Others()
-    time.sleep(0.5)
-    idle = mine.cores()
-    assert others.cores() < idle + 0.6  # we alone would be 0.5 of a core
+    clock.update(busy=118.0, own=22.0, now=60.0)  # 18 s busy, 15 of them ours, in 10 s
+    assert others.cores() == 0.3
+    clock.update(own=30.0)  # ours is counted a tick later than the machine's
+    assert others.cores() == 0.0
 
 
 def test_doubt() -> None:
