@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.config import DType
-from engine.core import resolve_dtype
+from engine.core import resolve_device, resolve_dtype
 from engine.model.gpt2 import GPT2
 from engine.model.loader import read_config
 from loadtest.machine import Machine
@@ -19,12 +19,16 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step must read and multiply. kv_bytes: of one token; embedding: parameters in it."""
+    """What a step must read and multiply, as `auto` would serve it on this machine.
+
+    kv_bytes: of one token; embedding: parameters in it.
+    """
 
     parameters: int
     embedding: int
     layers: int
     hidden: int
+    device: str
     dtype: str
     weight_bytes: int
     kv_bytes: int
@@ -41,12 +45,14 @@ class Sizes:
         with torch.device("meta"):
             network = GPT2(config)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        name = str(resolve_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+        device = resolve_device("auto")
+        name = str(resolve_dtype(dtype, device)).removeprefix("torch.")
         return cls(
             parameters=parameters,
             embedding=config.padded_vocab_size * config.hidden_size,
             layers=config.num_layers,
             hidden=config.hidden_size,
+            device=device.type,
             dtype=name,
             weight_bytes=parameters * ITEM_BYTES[name],
             kv_bytes=2 * config.num_layers * config.hidden_size * ITEM_BYTES[name],

@@ -163,10 +163,11 @@ def measure(
         results = []
         for workload in workloads:
             result = {"what": "streams", **asdict(workload), **figures(runs[workload.streams])}
-            limit = decode_limit(sizes, machine, workload)
-            result["read_limit_tokens_per_s"] = round(limit, 1)
-            got = result["decode_tokens_per_s"]["median"]
-            result["of_read_limit"] = round(got / limit, 3)
+            if sizes.device == "cpu":  # whose bandwidth was measured
+                limit = decode_limit(sizes, machine, workload)
+                result["read_limit_tokens_per_s"] = round(limit, 1)
+                got = result["decode_tokens_per_s"]["median"]
+                result["of_read_limit"] = round(got / limit, 3)
             results.append(result)
         for arrives, each in gaps.items():
             what = f"{arrival.prompt_tokens} tokens arrive" if arrives else "nothing arrives"

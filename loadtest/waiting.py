@@ -24,7 +24,7 @@ COLUMNS: Sequence[Column] = (
     ("waiting", lambda row: str(row["waiting"])),
     ("streams", lambda row: str(row["streams"])),
     ("decode tokens/s", lambda row: ranged(row["decode_tokens_per_s"])),
-    ("of read limit", lambda row: share(row["of_read_limit"])),
+    ("of read limit", lambda row: share(row.get("of_read_limit"))),
     ("of that with none", lambda row: share(row["of_none_waiting"])),
 )
 POLL_SECONDS = 0.01
@@ -122,25 +122,28 @@ def measure(
                 if repeat:  # the first run warms up
                     rates[count].append(rate)
             progress()
-    limit = decode_limit(sizes, machine, workload)
     none = statistics.median(rates[min(queues)])
+    results = []
+    for count, each in rates.items():
+        rate = statistics.median(each)
+        result: dict[str, Any] = {
+            "waiting": count,
+            "streams": streams,
+            "prompt_tokens": prompt_tokens,
+            "output_tokens": output_tokens,
+            "decode_tokens_per_s": spread(each),
+            "of_none_waiting": round(rate / none, 3),
+        }
+        if sizes.device == "cpu":  # whose bandwidth was measured
+            limit = decode_limit(sizes, machine, workload)
+            result["read_limit_tokens_per_s"] = round(limit, 1)
+            result["of_read_limit"] = round(rate / limit, 3)
+        results.append(result)
     return document(
         "queue",
         {"name": model.name, "parameters": sizes.parameters, "dtype": sizes.dtype},
         machine,
         others,
-        [
-            {
-                "waiting": count,
-                "streams": streams,
-                "prompt_tokens": prompt_tokens,
-                "output_tokens": output_tokens,
-                "decode_tokens_per_s": spread(each),
-                "read_limit_tokens_per_s": round(limit, 1),
-                "of_read_limit": round(statistics.median(each) / limit, 3),
-                "of_none_waiting": round(statistics.median(each) / none, 3),
-            }
-            for count, each in rates.items()
-        ],
+        results,
         repeats=repeats,
     )

@@ -62,6 +62,7 @@ def test_limits_by_hand() -> None:
         embedding=400_000,
         layers=2,
         hidden=64,
+        device="cpu",
         dtype="bfloat16",
         weight_bytes=2_000_000,
         kv_bytes=512,
