@@ -27,10 +27,7 @@ def shrink(values: Sequence[float], count: int) -> list[float]:
     if len(values) <= count:
         return list(values)
     edges = [len(values) * part // count for part in range(count + 1)]
-    return [
-        math.fsum(values[low:high]) / (high - low)
-        for low, high in itertools.pairwise(edges)
-    ]
+    return [math.fsum(values[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
 
 
 def chart(values: Sequence[float], columns: int, lines: int) -> list[str]:

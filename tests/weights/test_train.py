@@ -22,8 +22,8 @@ from weights.evaluate import bits_per_byte
 from weights.export import export_weights
 from weights.loss import head_loss, token_losses
 from weights.optimizer import Schedule
-from weights.tokens import Mixture, Tokens
 from weights.recipe import Recipe
+from weights.tokens import Mixture, Tokens
 from weights.train import Trainer, end_asked_for, run
 
 CONFIG = ModelConfig(
