@@ -353,11 +353,11 @@ def bench(context: typer.Context) -> None:
 
 @app.command(context_settings=FORWARD)
 def train(context: typer.Context) -> None:
-    """Train a model of this family, as the shipped one was."""
-    with extra("train"):
-        from weights.train import main as train_main  # noqa: PLC0415
+    """Train a model of this family on a folder of text, as the shipped one was."""
+    with extra("train"), reported():
+        from weights.train_command import app as train_app  # noqa: PLC0415
 
-        train_main(context.args)
+        train_app(context.args, prog_name="ropeway train")
 
 
 SourceArgument = Annotated[
