@@ -65,5 +65,12 @@ bench: $(VENV)/.installed ## latency and throughput on this machine
 	$(BIN)/ropeway bench latency
 	$(BIN)/ropeway bench throughput
 
+loadtest: $(VENV)/.installed ## load a local server: report in loadtest-report/, exit code by SLO (ARGS=)
+	$(BIN)/pip install --quiet --editable ".[loadtest]"
+	$(BIN)/ropeway loadtest $(ARGS)
+
+docker-proof: ## build the Dockerfile without Docker and try the image (root; ARGS="--target cuda")
+	$(PYTHON) proofs/docker.py $(ARGS)
+
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info engine/model/attention/*.so

@@ -13,9 +13,12 @@ event `environment.events.generation` has the Generation itself; `--records FILE
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,21 +47,45 @@ class StreamFailed(Exception):
 
 
 class Records:
-    """All Generations of a run: a worker sends them with its reports, the master keeps them."""
+    """All Generations of a run, and its end.
+
+    A worker sends its Generations with its reports; the master keeps them. With `--load-seconds`
+    the run ends when all requests that were sent by then have ended: Locust's own `--run-time` does
+    not wait for what its workers still have open, which would hide the slowest answers.
+    """
 
     def __init__(self, environment: Environment) -> None:
         """environment: of this process, whose runner exists already."""
-        self.stopping = False
+        self._environment = environment
+        self._runner = environment.runner
         self._kept: list[dict[str, Any]] = []
+        self._open = 0
+        self._closes = math.inf
+        self._ended: set[str] = set()
         hooks = environment.events
-        hooks.generation = EventHook()
-        hooks.generation.add_listener(self._keep)
+        generation = EventHook()
+        generation.add_listener(self._keep)
+        hooks.generation = generation  # type: ignore[attr-defined]  # how Locust has custom events
         hooks.test_start.add_listener(self._start)
         hooks.test_stopping.add_listener(self._stop)
-        if isinstance(environment.runner, WorkerRunner):
+        if isinstance(self._runner, WorkerRunner):
             hooks.report_to_master.add_listener(self._send)
-        elif isinstance(environment.runner, MasterRunner):
+        elif isinstance(self._runner, MasterRunner):
             hooks.worker_report.add_listener(self._receive)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are to be sent."""
+        return time.time() >= self._closes
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """While a request is under way."""
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
 
     def write(self, path: Path) -> None:
         """JSON, in the order of arrival."""
@@ -69,15 +96,34 @@ class Records:
 
     def _send(self, client_id: str, data: dict[str, Any]) -> None:
         data["generations"], self._kept = self._kept, []
+        data["ended"] = self.closed and not self._open
 
     def _receive(self, client_id: str, data: dict[str, Any]) -> None:
         self._kept += data.get("generations", [])
+        if data.get("ended"):
+            self._ended.add(client_id)
 
     def _start(self, **_: object) -> None:
-        self.stopping = False
+        options = self._environment.parsed_options
+        assert options is not None
+        self._closes = time.time() + options.load_seconds if options.load_seconds else math.inf
+        self._ended.clear()
+        if options.load_seconds and not isinstance(self._runner, WorkerRunner):
+            gevent.spawn(self._quit_at_the_end)
 
     def _stop(self, **_: object) -> None:
-        self.stopping = True
+        self._closes = 0.0
+
+    def _quit_at_the_end(self) -> None:
+        while not self._all_ended():
+            gevent.sleep(0.1)
+        assert self._runner is not None
+        self._runner.quit()
+
+    def _all_ended(self) -> bool:
+        if isinstance(self._runner, MasterRunner):
+            return len(self._ended) >= self._runner.worker_count
+        return self.closed and not self._open
 
 
 @events.init_command_line_parser.add_listener
@@ -88,6 +134,9 @@ def add_options(parser: LocustArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=1024, help="the model's, in tokens")
     parser.add_argument(
         "--silence", type=float, default=60.0, help="seconds until a stream is given up"
+    )
+    parser.add_argument(
+        "--load-seconds", type=float, default=0.0, help="send for so long; 0: until stopped"
     )
     parser.add_argument("--load-seed", type=int, default=0)
     parser.add_argument(
@@ -117,6 +166,7 @@ class Source(User):
         self._rate, self._context = options.source_rate, options.context
         if self._rate <= 0:
             raise ValueError(f"--source-rate must be greater than 0, got {self._rate:g}")
+        self._records: Records = self.environment.records
         self._client = Client(str(self.host), options.silence)
         self._pool = self._client.token_ids(POOL_TEXT)
         worker = getattr(self.environment.runner, "worker_index", 0)
@@ -130,7 +180,7 @@ class Source(User):
         """Wait for the next arrival and start its request; nobody waits for its end."""
         self._next = self._scenario.arrivals.next(self._next, self._rate, self._rng)
         gevent.sleep(max(0.0, self._next - time.time()))
-        if not self.environment.records.stopping:  # type: ignore[attr-defined]
+        if not self._records.closed:
             self._requests.spawn(self._request, self._next)
 
     def on_stop(self) -> None:
@@ -140,8 +190,9 @@ class Source(User):
     def _request(self, at: float) -> None:
         plan = self._scenario.plan(self._rng, self._pool, self._context)
         generation = Generation(self._scenario.name, at, len(plan.prompt))
-        self._client.run(generation, plan.prompt, plan.max_tokens, plan.leaves_after)
-        self._fire(generation)
+        with self._records.opened():
+            self._client.run(generation, plan.prompt, plan.max_tokens, plan.leaves_after)
+            self._fire(generation)
 
     def _fire(self, generation: Generation) -> None:
         hooks, name = self.environment.events, generation.scenario

@@ -220,10 +220,10 @@ class Container:
 
     def execute(self, *command: str) -> int:
         """`docker exec`: the exit status of a command in the container."""
+        enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid"]
         chroot = ["chroot", f"--userspec={self._user}:{self._user}", str(self._image.root)]
         return subprocess.run(
-            ["nsenter", f"--target={self.pid}", "--mount", "--pid", *chroot, "env", "-i"]
-            + [*self._environment, *command],
+            [*enter, *chroot, "env", "-i", *self._environment, *command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             check=False,
