@@ -101,8 +101,8 @@ def loadtest(
     for option, value in (("--rate", rate), ("--start-rate", start_rate)):
         if value is not None and value * seconds < LEAST_REQUESTS:
             raise typer.BadParameter(
-                f"{option} must be at least {LEAST_REQUESTS / seconds:g}, {LEAST_REQUESTS} requests "
-                f"in the {seconds:g} s of a run, got {value:g}"
+                f"{option} must be at least {LEAST_REQUESTS / seconds:g}, {LEAST_REQUESTS} "
+                f"requests in the {seconds:g} s of a run, got {value:g}"
             )
     if host is not None and serve:
         raise typer.BadParameter("--serve is for a server that is started here, not for --host")

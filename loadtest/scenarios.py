@@ -50,7 +50,7 @@ class Arrivals:
 
         A process of varying rate is a plain one whose clock runs only while requests may come.
         """
-        running = self._busy(now) + rng.expovariate(rate)
+        running = self._busy(now) + rng.expovariate(rate / self.share)
         periods, rest = divmod(running, self.period_s * self.share)
         return max(now, periods * self.period_s + rest)
 

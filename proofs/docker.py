@@ -1,6 +1,6 @@
 """Builds the Dockerfile without a Docker daemon, starts the image and tries it.
 
-    python proofs/docker.py            # as root, on Debian, with buildah and debootstrap installed
+    python -m proofs.docker            # as root, on Debian, with buildah and debootstrap installed
 
 debootstrap makes a base image, buildah builds on it (chroot isolation, vfs storage: no daemon, no
 overlay file system). The image is then started by what its own configuration says (entry point,
@@ -27,35 +27,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from proofs.common import ROOT, Failed, call, expect, local_torch
+
 BASE_PACKAGES = "python3,python3-venv,ca-certificates"
-TORCH = "torch==2.13.0"
 LIMIT_BYTES = 1_200_000_000
 CUDA_NAMES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libtorch_cuda", "nvidia_")
 START_SECONDS = 60.0
 HOST_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-
-
-class Failed(Exception):
-    """The proof did not succeed; the message says where."""
-
-
-def call(*command: str | Path, log: Path | None = None) -> str:
-    """Run to the end; what it printed. Raises Failed with its last lines."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if log is not None:
-        log.write_text(done.stdout)
-    if done.returncode:
-        tail = "\n".join(done.stdout.splitlines()[-30:])
-        raise Failed(f"{shlex.join(map(str, command))}: status {done.returncode}\n{tail}")
-    return done.stdout
 
 
 class Buildah:
@@ -100,23 +78,13 @@ def make_base(buildah: Buildah, work: Path, suite: str) -> str:
     return name
 
 
-def local_wheels(work: Path, version: str) -> Path | None:
-    """A package index of one wheel, where pip has PyTorch's CPU build at hand; else None.
-
-    version: of the image's Python.
-    """
-    folder = work / "index" / "torch"
-    folder.mkdir(parents=True)
-    try:
-        call(
-            sys.executable, "-m", "pip", "download", "--quiet", "--no-index", "--no-deps",
-            "--only-binary=:all:", f"--python-version={version}", f"--dest={folder}", TORCH,
-        )  # fmt: skip
-    except Failed:
+def local_index(work: Path, version: str) -> Path | None:
+    """A package index of one wheel, where pip has PyTorch's CPU build at hand; else None."""
+    wheel = local_torch(work / "index" / "torch", version)
+    if wheel is None:
         return None
-    (wheel,) = folder.iterdir()
-    (folder / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>\n')
-    return folder.parent
+    (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>\n')
+    return wheel.parent.parent
 
 
 @dataclass(frozen=True)
@@ -279,13 +247,6 @@ def started(image: Image, log: Path, *arguments: str, **volumes: Path) -> Iterat
         container.kill()
 
 
-def expect(what: str, holds: bool, found: object = "") -> None:
-    """One line of the verdict. Raises Failed where it does not hold."""
-    print(f"{'ok  ' if holds else 'FAIL'} {what}{f': {found}' if found != '' else ''}", flush=True)
-    if not holds:
-        raise Failed(what)
-
-
 def try_image(image: Image, work: Path) -> None:
     """Everything that the Dockerfile promises. Raises Failed."""
     with started(image, work / "server.log") as server:
@@ -336,7 +297,7 @@ def prove(work: Path, target: str, suite: str) -> None:
         "python"
     )
     buildah("rm", container)
-    wheels = local_wheels(work, version) if target == "cpu" else None
+    wheels = local_index(work, version) if target == "cpu" else None
     options: list[str | Path] = ["--build-arg", f"BASE={base}"]
     if wheels is not None:
         options += ["--build-arg", "TORCH_INDEX=file:///wheels", "--volume", f"{wheels}:/wheels:ro"]
