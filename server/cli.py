@@ -352,6 +352,15 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings=FORWARD)
+def loadtest(context: typer.Context) -> None:
+    """Load a server as chatting readers do, find its knee, and leave a report."""
+    with extra("loadtest"), reported():
+        from loadtest.run import app as loadtest_app  # noqa: PLC0415
+
+        loadtest_app(context.args, prog_name="ropeway loadtest")
+
+
+@app.command(context_settings=FORWARD)
 def train(context: typer.Context) -> None:
     """Train a model of this family on a folder of text, as the shipped one was."""
     with extra("train"), reported():
