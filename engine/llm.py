@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
 from engine.core import EngineCore
 from engine.errors import InvalidRequest
 from engine.frontend.admission import Admission, Usage
@@ -40,6 +40,7 @@ class LLM:
         dtype: DType = "auto",
         kv_memory: int | None = None,
         *,
+        quantize: Quantize = "none",
         threads: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
@@ -52,6 +53,7 @@ class LLM:
                 model_dir=str(model_dir),
                 device=device,
                 dtype=dtype,
+                quantize=quantize,
                 threads=threads,
                 cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
                 scheduler=SchedulerConfig(

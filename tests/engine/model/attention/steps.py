@@ -11,20 +11,17 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
-from engine.model.attention.cpu import (
-    VARIANTS,
-    CPUBackend,
-    supported_variants,
-)
+from engine.model.attention.cpu import CPUBackend
 from engine.model.attention.plain import TorchBackend
 from engine.model.attention.reference import ReferenceBackend
+from engine.model.library import supported_variants
 from engine.model.rope import RotaryTable
 
 MakeBackend = Callable[[ModelConfig, RotaryTable, KVCache], AttentionBackend]
 Chunk = tuple[int, int, int]
 """A sequence and its positions first .. end - 1."""
 
-BACKENDS = (*VARIANTS, "torch")
+BACKENDS = ("avx512", "avx2", "generic", "torch")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -32,7 +29,9 @@ def make_backend(request: pytest.FixtureRequest) -> MakeBackend:
     """Every backend that this machine can run."""
     if request.param == "torch":
         return TorchBackend
-    if request.param not in supported_variants():  # nothing compiled: an error, not a skip
+    if request.param not in supported_variants(
+        "attention"
+    ):  # nothing compiled: an error, not a skip
         pytest.skip(f"this machine has no {request.param}")
     return lambda config, table, cache: CPUBackend(config, table, cache, variant=request.param)
 
