@@ -30,9 +30,9 @@ from engine.messages import (
 )
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
-from engine.model.linear import pack
 from engine.model.loader import load_model, read_config, stored_dtypes
 from engine.model.profiles import ProfileTables
+from engine.model.serving import prepare
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import OWN, ProfileRows
@@ -144,8 +144,11 @@ class EngineCore:
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        products = f"torch ({device.type})"
         if device.type == "cpu":
-            pack(model)
+            products = prepare(model, config.quantize)
+        elif config.quantize != "none":
+            raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         try:
             cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
@@ -176,6 +179,7 @@ class EngineCore:
             device=device.type,
             dtype=str(dtype).removeprefix("torch."),
             attention=backend.name,
+            products=products,
             num_blocks=num_blocks,
             block_size=block_size,
             kv_bytes=num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
 from engine.core import EngineCore
 from engine.errors import InvalidRequest
 from engine.frontend.admission import Admission, Usage
@@ -62,6 +62,7 @@ class LLM:
         dtype: DType = "auto",
         kv_memory: int | None = None,
         *,
+        quantize: Quantize = "none",
         threads: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
@@ -75,6 +76,7 @@ class LLM:
                 model_dir=str(model_dir),
                 device=device,
                 dtype=dtype,
+                quantize=quantize,
                 threads=threads,
                 cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
                 scheduler=SchedulerConfig(

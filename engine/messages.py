@@ -120,6 +120,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     dtype: str
     attention: str
+    products: str
     num_blocks: int
     block_size: int
     kv_bytes: int

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
 from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
@@ -88,6 +88,9 @@ DeviceOption = Annotated[Device, option(help="Where the model runs.")]
 DTypeOption = Annotated[
     DType, option(help="auto: bfloat16 where the hardware multiplies it, else float32.")
 ]
+QuantizeOption = Annotated[
+    Quantize, option(help="int8: weights and the rows they multiply, each with a scale (CPU only).")
+]
 KvMemoryOption = Annotated[
     int | None,
     option(
@@ -133,6 +136,7 @@ def serve(
     port: Annotated[int, option(min=0, max=65535, help="0: any that is free.")] = 8000,
     device: DeviceOption = "auto",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
     kv_memory: KvMemoryOption = None,
     max_num_seqs: Annotated[
         int, option(help="Requests that run at once.")
@@ -186,6 +190,7 @@ def serve(
             model_dir=str(directory),
             device=device,
             dtype=dtype,
+            quantize=quantize,
             threads=threads,
             cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
             scheduler=SchedulerConfig(
@@ -297,6 +302,7 @@ def generate(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
     kv_memory: KvMemoryOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -319,7 +325,15 @@ def generate(
         # This loads PyTorch, which the other commands do without.
         from engine.llm import LLM  # noqa: PLC0415
 
-        llm = LLM(directory, device, dtype, kv_memory, threads=threads, max_num_seqs=1)
+        llm = LLM(
+            directory,
+            device,
+            dtype,
+            kv_memory,
+            quantize=quantize,
+            threads=threads,
+            max_num_seqs=1,
+        )
         began = time.monotonic()
         moments = []
         if prompt == "-" and sys.stdin is None:
