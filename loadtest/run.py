@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from loadtest.load_report import Report
 from loadtest.local import local_server
 from loadtest.points import Bounds, Point, find_knee
-from loadtest.load_report import Report
 from loadtest.scenarios import SCENARIOS
 from loadtest.stream import Generation
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.points import Bounds, Knee, Point, find_knee, percentile
 from loadtest.load_report import Report
+from loadtest.points import Bounds, Knee, Point, find_knee, percentile
 from loadtest.stream import CUT, LEFT, OK, Generation
 
 BOUNDS = Bounds(ttft_ms=500, itl_ms=50, errors=0.01)

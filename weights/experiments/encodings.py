@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config import ModelConfig, RopeScaling
+from engine.config import ModelConfig
 from engine.model.gpt2 import GPT2
 from engine.model.rope import RopeProfile, RotaryTable, inverse_frequencies, rotate
+from engine.scaling import RopeScaling
 
 
 class Encoding(nn.Module):
