@@ -109,7 +109,7 @@ class Scheduler:
         self._steps += 1
         self._expire()
         scheduled: dict[str, ScheduledRequest] = {}
-        alone = bool(self._suspects) and self._try_alone(self._suspects[0], scheduled)
+        alone = any(self._try_alone(suspect, scheduled) for suspect in self._suspects)
         if not alone:
             self._choose(scheduled)
         released, self._released = self._released, []
@@ -128,8 +128,10 @@ class Scheduler:
             budget += self._make_room(request, scheduled)
             if request.status is RequestStatus.RUNNING:
                 budget -= self._take(request, budget, scheduled)
-        if len(self._running) == num_running and not self._suspects:
-            self._admit(budget, scheduled)  # nothing was preempted: there may be room for more
+        if len(self._running) < num_running:
+            return  # something was preempted: there is no room for more
+        if not any(self._fits_beside_pinned(suspect) for suspect in self._suspects):
+            self._admit(budget, scheduled)
 
     def _try_alone(self, suspect: Request, scheduled: dict[str, ScheduledRequest]) -> bool:
         """Compute nothing but a suspect. False: there is no room for it yet."""
@@ -190,19 +192,26 @@ class Scheduler:
 
         One starts only when all its known tokens have room, so that it is not preempted halfway
         through its own prompt. One that may not be preempted starts only when everything that such
-        requests may ever hold fits the pool; until then others pass it, since they can be.
+        requests may ever hold fits the pool; until then others pass it, since they can be. Others
+        also pass one that must wait for such a request's end: it may be endless.
         """
         at = 0
         pinned_fit = True
         while at < len(self._waiting) and budget and len(self._running) < self.config.max_num_seqs:
             request = self._waiting[at]
+            if request.suspect:  # it runs alone, or not yet
+                at += 1
+                continue
             if self._must_pin(request):
                 pinned_fit = pinned_fit and self._quotas_fit(request)
                 if not pinned_fit:
                     at += 1
                     continue
             if not self._start(request):
-                break
+                if self._fits_beside_pinned(request):
+                    break
+                at += 1
+                continue
             budget -= self._take(request, budget, scheduled)
 
     def _start(self, request: Request) -> bool:
@@ -313,6 +322,13 @@ class Scheduler:
         """
         pinned = sum(self._quota(each) for each in self._running if each.pinned)
         return pinned + self._quota(request) <= self.pool.num_blocks
+
+    def _fits_beside_pinned(self, request: Request) -> bool:
+        """Whether a waiting request can start before any pinned one ends, once the others do."""
+        if self._must_pin(request):
+            return self._quotas_fit(request)
+        pinned = sum(self._quota(each) for each in self._running if each.pinned)
+        return pinned + self.pool.blocks_for(_reach(request)) <= self.pool.num_blocks
 
     def _known_pages(self, request: Request) -> list[CachedPage]:
         """Cached pages of a request's beginning; never all of it, since its last token is what the

@@ -162,24 +162,34 @@ class Lives(RuleBasedStateMachine):
 
     def check_nobody_waits_in_vain(self, output: SchedulerOutput) -> None:
         """Whoever is first in the queue lacks pages, a row, budget or, pinned, its quota."""
-        config = self.scheduler.config
-        if output.alone or any(each.suspect for each in self.alive.values()):
+        scheduler, config = self.scheduler, self.scheduler.config
+        if output.alone:
             return
+        for each in self.alive.values():
+            if each.suspect and scheduler._fits_beside_pinned(each):
+                # It is next, alone; the others wait for it until a row or pages are free.
+                assert scheduler._missing_blocks(each) > self.pool.num_free or (
+                    scheduler.stats.running == config.max_num_seqs
+                )
+                return
         if output.num_tokens == config.max_num_batched_tokens:
             return
-        if self.scheduler.stats.running == config.max_num_seqs:
+        if scheduler.stats.running == config.max_num_seqs:
             return
-        assert output.scheduled or not self.scheduler.has_unfinished
+        assert output.scheduled or not scheduler.has_unfinished
         quota_fits = True
-        for request in self.scheduler._waiting:
-            if self.scheduler._must_pin(request):
-                quota_fits = quota_fits and self.scheduler._quotas_fit(request)
+        for request in scheduler._waiting:
+            if scheduler._must_pin(request):
+                quota_fits = quota_fits and scheduler._quotas_fit(request)
                 if not quota_fits:  # others may pass
                     continue
-            pages = self.scheduler._known_pages(request)
-            missing = self.scheduler._missing_blocks(request) - len(pages)
+            if request.suspect:
+                continue
+            pages = scheduler._known_pages(request)
+            missing = scheduler._missing_blocks(request) - len(pages)
             assert missing > self.pool.num_free_without(pages)
-            return
+            if scheduler._fits_beside_pinned(request):
+                return  # it is next: those behind it wait
 
     def check(self) -> None:
         """Every block is free or held, exactly as the tables say; nobody holds more than needed."""
