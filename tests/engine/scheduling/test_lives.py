@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engine.config import SchedulerConfig
-from engine.messages import SampledToken, SchedulerOutput, StepResult
+from engine.messages import (
+    SampledToken,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
+)
 from engine.request import (
     SINK_BLOCKS,
     FinishReason,
@@ -18,6 +24,7 @@ from engine.request import (
     RequestOptions,
     RequestStatus,
     SamplingParams,
+    Targets,
     Window,
 )
 from engine.scheduling.block_pool import BlockPool
@@ -47,6 +54,8 @@ class Lives(RuleBasedStateMachine):
         self.seen: dict[str, list[int]] = {}
         self.content: dict[tuple[int, int], object] = {}  # (block, offset) -> what was computed
         self.count = 0
+        self.sampled = 0
+        self.prompted = 0
 
     @rule(
         shared=st.integers(0, 12),
@@ -58,6 +67,7 @@ class Lives(RuleBasedStateMachine):
         shift=st.booleans(),
         suspect=st.sampled_from([False] * 5 + [True]),
         done=st.integers(0, 5),
+        scored_from=st.sampled_from([None, None, None, 0, 3]),
     )
     def add(
         self,
@@ -70,8 +80,10 @@ class Lives(RuleBasedStateMachine):
         shift: bool,
         suspect: bool,
         done: int,
+        scored_from: int | None,
     ) -> None:
-        """done: tokens that it had in an earlier engine."""
+        """done: tokens that it had in an earlier engine; scored_from: the first row that is scored,
+        of a request that has none yet."""
         capacity = self.pool.num_blocks * SIZE
         prompt = [*range(shared), *[100 + self.count % 3] * own]
         if not shift:
@@ -79,6 +91,9 @@ class Lives(RuleBasedStateMachine):
             max_tokens = min(max_tokens, capacity + 1 - len(prompt))
         self.count += 1
         done = min(done, max_tokens - 1)
+        targets = None
+        if scored_from is not None and scored_from < len(prompt) and not done:
+            targets = Targets(scored_from, list(range(1000, 1000 + len(prompt) - scored_from)))
         request = Request(
             f"r{self.count}",
             prompt,
@@ -88,6 +103,7 @@ class Lives(RuleBasedStateMachine):
             stop_token_ids=frozenset(),
             options=RequestOptions(priority=priority, timeout_s=timeout_s, cache_salt=salt),
             window=WINDOW if shift else None,
+            targets=targets,
             output_token_ids=[7] * done,
             suspect=suspect,
         )
@@ -124,8 +140,17 @@ class Lives(RuleBasedStateMachine):
             self.check_nobody_waits_in_vain(output)
         self.compute(output)
         sampled = [SampledToken(7) for item in output.scheduled if item.samples]
-        for one in scheduler.update(output, StepResult(sampled)):
+        self.sampled += len(sampled)
+        scores = {item.request.request_id: scored(item) for item in output.scheduled}
+        for one in scheduler.update(output, StepResult(sampled, scores)):
             request = self.alive[one.request_id]
+            if one.token_id is not None and one.index == 0:
+                self.prompted += request.num_prompt_tokens
+                if request.targets is not None:
+                    assert one.scores is not None
+                    assert [each.logprob for each in one.scores] == request.targets.token_ids
+            else:
+                assert one.scores is None
             if one.token_id is None:
                 assert one.finish_reason is FinishReason.TIMEOUT
                 assert one.index == len(self.seen[one.request_id])
@@ -139,6 +164,8 @@ class Lives(RuleBasedStateMachine):
         for each in self.alive.values():
             timeout_s = each.options.timeout_s
             assert timeout_s is None or each.arrival + timeout_s > self.now
+        assert scheduler.stats.output_tokens == self.sampled
+        assert scheduler.stats.prompt_tokens == self.prompted
         self.check()
 
     def compute(self, output: SchedulerOutput) -> None:
@@ -227,6 +254,17 @@ class Lives(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_blocks
         assert self.scheduler._deadlines == []
         assert self.scheduler._suspects == []
+        assert self.scheduler._scores == {}
+
+
+def scored(item: ScheduledRequest) -> list[TokenLogprobs]:
+    """Play the runner: what is wanted behind the rows of this step, each known by its token."""
+    targets, row = item.request.targets, item.request.next_scored
+    if targets is None or row is None:
+        return []
+    assert row >= item.start, "a row that is to be scored was taken from the cache"
+    end = max(0, item.start + item.num_tokens - targets.first)
+    return [TokenLogprobs(each, []) for each in targets.token_ids[row - targets.first : end]]
 
 
 def what(request: Request, index: int) -> object:
