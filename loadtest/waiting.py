@@ -17,7 +17,7 @@ from loadtest.gauges import read_gauges
 from loadtest.machine import Machine, Others
 from loadtest.report import Column, document
 from loadtest.roofline import Sizes, decode_limit
-from loadtest.servers import ropeway
+from loadtest.servers import allow_connections, ropeway
 from loadtest.workload import Measured, Workload
 
 COLUMNS: Sequence[Column] = (
@@ -114,6 +114,7 @@ def measure(
     options = ["--dtype", sizes.dtype, "--max-num-seqs", str(streams)]
     options += ["--max-queue", str(max(1, *queues) + streams)]
     options += ["--threads", str(threads)] if threads is not None else []
+    allow_connections(streams + max(queues))
     with ropeway(model, options) as server:
         for repeat in range(repeats + 1):
             for place, count in enumerate(queues if repeat % 2 else reversed(queues)):
