@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 
 import ray
 from ray import serve
-from ray.util.state import list_actors
+from ray.util import list_named_actors
 
 from loadtest.scenarios import Lengths, Scenario
 from loadtest.stream import OK, Client, Generation
@@ -100,14 +99,10 @@ def start(**settings: object) -> None:
     serve.run(build({"model": MODEL, "cpus": 0.5, **settings}), name="ropeway")
 
 
-def replicas() -> dict[str, int]:
-    """Process ids of living replicas by name."""
-    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return {
-        actor.name.rsplit("#", 1)[1]: actor.pid
-        for actor in actors
-        if actor.name and "#EngineReplica#" in actor.name
-    }
+def replicas() -> dict[str, str]:
+    """Names of living replicas' actors, by the name that answers carry."""
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+    return {name.rsplit("#", 1)[1]: name for name in names if "#EngineReplica#" in name}
 
 
 def prove_failures() -> None:
@@ -123,7 +118,7 @@ def prove_failures() -> None:
         load.wait_for(20)
         victim = max(replicas(), key=lambda name: sum(s.replica == name for s in load.seen))
         lost = [len(s.token_ids) for s in load.seen if s.replica == victim]
-        os.kill(replicas()[victim], signal.SIGKILL)
+        ray.kill(ray.get_actor(replicas()[victim], namespace="serve"))
     expect("a replica is killed with streams open", len(lost) > 0, f"{len(lost)} streams")
     load.check(reference)
     deadline = time.monotonic() + 60

@@ -49,10 +49,10 @@ HEADER = b"x-ropeway-replica"
 class ScaleSettings(BaseModel):
     """Arguments of `serve run server.ray_app:build NAME=VALUE ...`.
 
-    target_requests: requests under way for each replica that Ray aims at, once their number has been
-    off that for upscale_seconds or downscale_seconds; slack: how many more
-    than the least loaded replica the one with the right pages may have; attempts: replicas asked
-    at most for one request; drain_seconds: what a replica that is replaced gives its streams.
+    target_requests: requests under way for each replica that Ray aims at, once their number has
+    been off that for upscale_seconds or downscale_seconds; slack: how many more than the least
+    loaded replica the one with the right pages may have; attempts: replicas asked at most for one
+    request; drain_seconds: what a replica that is replaced gives its streams.
     """
 
     model_config = ConfigDict(extra="forbid")
