@@ -86,7 +86,7 @@ ray-proof: $(VENV)/.dev ## two replicas on Ray: one killed, both replaced, under
 # Where PyTorch's CPU wheels are for uv: their index, or a folder (LOCK_TORCH="--find-links DIR").
 LOCK_TORCH ?= --index $(TORCH_INDEX) --index-strategy unsafe-best-match
 LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
-  --generate-hashes --no-header --no-emit-find-links --custom-compile-command "make lock"
+  --generate-hashes --no-emit-find-links --custom-compile-command "make lock"
 
 lock: $(VENV)/.created ## locks/cpu.txt and locks/cuda.txt: every package with its hashes
 	$(BIN)/pip install --quiet uv

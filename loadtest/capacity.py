@@ -4,10 +4,10 @@
     python -m loadtest.capacity bench.json --rate 40 --prompt-tokens 300 --output-tokens 80
 
 A request takes a share of a replica's time: its prompt's tokens that are not cached, at the cost of
-one in a prefill, and its output's, at the cost of one in a decode of so many streams. Both costs are
-solved from the measured run of P prompt and O output tokens a stream: O / decode_tokens_per_s is the
-time of a stream's decoding, O / tokens_per_s that of the whole. A replica is planned to be busy for
-`utilisation` of its time: the rest is what keeps queues short (an M/M/1 queue at 0.7 is 2.3 long).
+one in a prefill, and its output's, at the cost of one in a decode of so many streams. Both costs
+are solved from the measured run of P prompt and O output tokens a stream: O / decode_tokens_per_s
+is the time of a stream's decoding, O / tokens_per_s that of the whole. A replica is planned to be
+busy for `utilisation` of its time: the rest keeps queues short (M/M/1 at 0.7 holds 2.3 requests).
 """
 
 from __future__ import annotations
