@@ -127,8 +127,8 @@ class Sampler:
         ]
 
     def _checked(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of real tokens, in place, what no token has being impossible; and the likeliest
-        of each row."""
+        """The logits of real tokens, in place, ids that no token has being impossible; and the
+        likeliest of each row."""
         logits = logits[:, : self._vocab_size]
         if len(self._unused):
             logits.index_fill_(1, self._unused, -torch.inf)
