@@ -60,5 +60,5 @@ def test_without_a_kernel_torch_serves_and_int8_is_refused(
 
 def test_the_products_are_named() -> None:
     best = library.supported_variants("linear")[0]
-    assert prepare(random_model(tiny_config())) == f"cpu-{best}, float32"
+    assert prepare(random_model(tiny_config())) == f"cpu-{best}"
     assert prepare(random_model(tiny_config()), "int8") == f"cpu-{best}, int8"
