@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from engine.request import FinishReason as FinishReason
     from engine.request import RequestOptions as RequestOptions
     from engine.request import SamplingParams as SamplingParams
+    from engine.scaling import RopeScaling as RopeScaling
 
 _HOMES = {
     "AsyncEngine": "engine.frontend.client",
@@ -24,6 +25,7 @@ _HOMES = {
     "FinishReason": "engine.request",
     "LLM": "engine.llm",
     "RequestOptions": "engine.request",
+    "RopeScaling": "engine.scaling",
     "RopewayError": "engine.errors",
     "SamplingParams": "engine.request",
     "Score": "engine.llm",
@@ -35,6 +37,7 @@ __all__ = [
     "Completion",
     "FinishReason",
     "RequestOptions",
+    "RopeScaling",
     "RopewayError",
     "SamplingParams",
     "Score",

@@ -35,11 +35,12 @@ from engine.messages import (
 )
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
-from engine.model.linear import pack
 from engine.model.loader import load_model, read_config, stored_dtypes
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
+from engine.model.serving import prepare
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.profiles import OWN, ProfileRows
 from engine.scheduling.scheduler import Scheduler
 
 MISCONFIGURED = 2
@@ -91,7 +92,7 @@ def num_cache_blocks(
                 f"({size} bytes), got {cache.kv_memory}"
             )
         return cache.kv_memory // size
-    per_sequence = -(-model.max_position // cache.block_size)
+    per_sequence = -(-model.rope.context(model.max_position) // cache.block_size)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -153,24 +154,40 @@ class EngineCore:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         model_config = read_config(directory)
+        if model_config.rope.type == "dynamic" and config.scheduler.max_profiles < 2:
+            raise ConfigError(
+                "max_profiles must be at least 2 for a model whose rope.type is dynamic, got "
+                f"{config.scheduler.max_profiles}"
+            )
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        products = f"torch ({device.type})"
         if device.type == "cpu":
-            pack(model)
+            products = prepare(model, config.quantize)
+        elif config.quantize != "none":
+            raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         try:
             cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
         except RuntimeError as error:
             size = num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype)
             raise ConfigError(f"kv_memory: {size} bytes cannot be had: {error}") from error
-        table = RotaryTable.for_model(model.config).to(device)
-        backend = select_backend(model.config, table, cache)
-        self._pool = BlockPool(num_blocks, block_size)
-        self._scheduler = Scheduler(config.scheduler, self._pool)
-        batch = InputBatch(
-            config.scheduler.max_num_seqs, self._pool.blocks_for(model_config.max_position)
+        tables = ProfileTables(
+            model.config,
+            block_size,
+            num_rows=config.scheduler.max_profiles,
+            learned=model.inv_freq,
+            device=device,
         )
+        backend = select_backend(model.config, tables, cache)
+        context, rope = model_config.max_position, model_config.rope
+        backend.put_profile(OWN, rope.in_force(1, context), block_size)
+        self._pool = BlockPool(num_blocks, block_size)
+        profiles = ProfileRows(rope, context, config.scheduler.max_profiles)
+        self._scheduler = Scheduler(config.scheduler, self._pool, profiles=profiles)
+        max_blocks = self._pool.blocks_for(rope.context(context))
+        batch = InputBatch(config.scheduler.max_num_seqs, min(max_blocks, num_blocks))
         masks = None
         if GRAMMARS:
             masks = GrammarMasks(partial(_vocabulary, directory, model_config.eos_token_id))
@@ -184,10 +201,15 @@ class EngineCore:
             device=device.type,
             dtype=str(dtype).removeprefix("torch."),
             attention=backend.name,
+            products=products,
             num_blocks=num_blocks,
             block_size=block_size,
             kv_bytes=num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype),
-            max_position=model_config.max_position,
+            max_position=context,
+            rope=rope,
+            rotary_dim=model_config.rotary_dim,
+            learned_frequencies=model_config.learned_frequencies != "none",
+            max_profiles=config.scheduler.max_profiles,
             eos_token_id=model_config.eos_token_id,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

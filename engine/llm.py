@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
 from engine.core import EngineCore
 from engine.errors import GrammarFailed, InvalidRequest
 from engine.frontend.admission import Admission, Usage
@@ -19,6 +19,7 @@ from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineOutput, EngineReady, EngineStats, TokenLogprobs
 from engine.request import FinishReason, RequestOptions, SamplingParams, Window
+from engine.scaling import RopeScaling
 
 
 @dataclass(slots=True)
@@ -61,10 +62,12 @@ class LLM:
         dtype: DType = "auto",
         kv_memory: int | None = None,
         *,
+        quantize: Quantize = "none",
         threads: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         block_size: int = 64,
+        max_profiles: int = SchedulerConfig().max_profiles,
     ) -> None:
         """kv_memory: bytes for the cache. Raises CheckpointError, TokenizerError or ConfigError."""
         self.tokenizer = Tokenizer.from_directory(Path(model_dir))
@@ -73,10 +76,13 @@ class LLM:
                 model_dir=str(model_dir),
                 device=device,
                 dtype=dtype,
+                quantize=quantize,
                 threads=threads,
                 cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
                 scheduler=SchedulerConfig(
-                    max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max_num_batched_tokens,
+                    max_profiles=max_profiles,
                 ),
                 num_token_ids=len(self.tokenizer),
                 unused_token_ids=tuple(self.tokenizer.unused_ids),
@@ -167,19 +173,23 @@ class LLM:
         *,
         first: int = 1,
         top: int = 0,
+        rope: RopeScaling | None = None,
         window: Window | None = None,
     ) -> list[Score]:
         """The log-probability of every token of every text from `first` on, batched together.
 
         The same scheduler, pages and network compute it as would generate the text; a text that is
         longer than the context needs overflow `shift`. top: likeliest tokens to give beside each.
-        window: instead of what `shift` would take, for experiments. Raises RequestError before
-        anything runs, and InvalidRequest where timeout_s is too short.
+        rope: the rotation profile, None: the model's own. window: instead of what `shift` would
+        take, for experiments. Raises RequestError before anything runs, and InvalidRequest where
+        timeout_s is too short.
         """
         if isinstance(texts, str):
             raise InvalidRequest("texts must be a list; for one text pass [text]", "texts")
         requests = [
-            self._admission.admit_score(next(self._ids), text, options, first=first, top=top)
+            self._admission.admit_score(
+                next(self._ids), text, options, first=first, top=top, rope=rope
+            )
             for text in texts
         ]
         if window is not None:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engine import LLM, RequestOptions
+from engine.config import CacheConfig
 from engine.errors import InvalidRequest
 from engine.request import SINK_BLOCKS, Window
 
@@ -123,7 +124,7 @@ def compare(
         window = Window(size, num_blocks, kept)
         (score,) = llm.score([token_ids], SHIFT, window=window)
         shifted = [each.logprob for each in score.logprobs[length:]]
-        note(f"shift, {kept} sink page{'' if kept == 1 else 's'}", shifted, began)
+        note(f"shift, sinks {kept}", shifted, began)
         progress(1.0)
     info = llm.info
     return {
@@ -147,13 +148,20 @@ def quality(
         int | None, typer.Option(help="Engine threads.", show_default="one per core")
     ] = None,
     text: Annotated[
-        Path, typer.Option(help="Text that is longer than the context.", show_default="a sample")
+        Path,
+        typer.Option(
+            help="UTF-8 text that outgrows the context.",
+            show_default="a sample",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = SAMPLE,
+    block_size: Annotated[
+        int, typer.Option(help="Tokens in a page of the cache: 16, 32 or 64.")
+    ] = CacheConfig().block_size,
     stride: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens by which windows that are computed anew move.", show_default="a page"
-        ),
+        typer.Option(help="Tokens by which a window computed anew moves.", show_default="a page"),
     ] = None,
     sinks: Annotated[
         str, typer.Option(help="Pages at the beginning that shifting keeps, by commas.")
@@ -171,11 +179,20 @@ def quality(
         kept = [int(each) for each in sinks.split(",")]
     except ValueError:
         kept = [-1]
-    llm = LLM(model, dtype=dtype, threads=threads, max_num_seqs=BATCH)  # type: ignore[arg-type]
-    most = llm.info.max_position // llm.info.block_size - 2
+    llm = LLM(model, dtype=dtype, threads=threads, max_num_seqs=BATCH, block_size=block_size)  # type: ignore[arg-type]
+    num_blocks = llm.info.max_position // block_size
+    most = num_blocks - 2
+    if most < SINK_BLOCKS:
+        raise typer.BadParameter(
+            f"--block-size {block_size}: a context of {llm.info.max_position} tokens has "
+            f"{num_blocks} pages; shifting needs {SINK_BLOCKS + 2}"
+        )
     if not all(0 <= each <= most for each in kept):
         raise typer.BadParameter(f"--sinks must be numbers from 0 to {most}, got {sinks!r}")
-    content = text.read_text("utf-8")
+    try:
+        content = text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"--text {text} is not UTF-8: {error}") from error
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("scoring", total=1.0 + len(kept))

@@ -29,6 +29,13 @@ class Caller:
     prompts: list[str | list[int]] = field(default_factory=list)
 
 
+def note_failure(scope: Scope, code: str) -> None:
+    """Keep the code of an error for the log, where there is one for this request."""
+    caller = scope.get("state", {}).get("caller")
+    if isinstance(caller, Caller):
+        caller.failure = code
+
+
 def caller_of(scope: Scope) -> Caller:
     """Of a request that RequestIds has let through."""
     caller = scope["state"]["caller"]

@@ -26,7 +26,7 @@ from engine.errors import (
     RequestError,
     RopewayError,
 )
-from server.caller import caller_of
+from server.caller import caller_of, note_failure
 from server.schemas import ErrorBody, OpenAIErrorBody
 
 OPENAI_PATH = "/v1/"
@@ -89,7 +89,7 @@ def error_response(
 ) -> Response:
     """The one shape, or OpenAI's where the path asks for that; noted for the log. ASCII only: a
     message may quote what no UTF-8 can hold."""
-    caller_of(scope).failure = code
+    note_failure(scope, code)
     error: dict[str, str | None] = {"code": code, "message": message, "field": field}
     if scope["path"].startswith(OPENAI_PATH):
         if status == HTTPStatus.UNPROCESSABLE_ENTITY:

@@ -7,6 +7,7 @@ process that died has counted stays. The engine tells every process everything.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,13 +40,21 @@ class EngineCollector(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """What Prometheus asks for."""
+        """What Prometheus asks for. To be called in the engine's event loop."""
         stats = self._engine.stats
         used = stats.blocks_total - stats.blocks_free
         gauges = {
             "engine_ready": ("1 where the engine could serve now.", self._engine.unready is None),
             "num_requests_running": ("Requests that run.", stats.running),
             "num_requests_waiting": ("Requests that wait for their first step.", stats.waiting),
+            "open_streams": (
+                "Requests that this process has open.",
+                self._engine.num_unfinished,
+            ),
+            "event_loop_tasks": (
+                "Tasks of this process's event loop.",
+                len(asyncio.all_tasks()),
+            ),
             "kv_blocks_used": ("Pages of the cache in use.", used),
             "kv_blocks_free": ("Pages of the cache that nobody holds.", stats.blocks_free),
             "kv_blocks_cached": (
@@ -56,6 +65,7 @@ class EngineCollector(Collector):
                 "Share of the pages that are in use, 0 to 1.",
                 used / stats.blocks_total if stats.blocks_total else 0.0,
             ),
+            "rope_profiles": ("Rotations in force, the model's own among them.", stats.profiles),
         }
         counters = {
             "prompt_tokens": ("Prompt tokens taken in, cached ones included.", stats.prompt_tokens),

@@ -28,7 +28,7 @@ def _millions(count: int) -> str:
 def cache_line(ready: EngineReady) -> str:
     """The cache's size and what it means."""
     sequences = min(ready.max_num_seqs, ready.num_blocks)
-    length = min(ready.max_position, ready.num_blocks // sequences * ready.block_size)
+    length = min(ready.context, ready.num_blocks // sequences * ready.block_size)
     return (
         f"{ready.num_blocks:,} pages of {ready.block_size} tokens: "
         f"{sequences:,} sequences of {length:,} ({format_size(ready.kv_bytes)})"
@@ -54,8 +54,9 @@ def show(
     for name, value in (
         ("url", f"{url}{everywhere}"),
         ("model", f"{ready.model}, {_millions(ready.num_parameters)} parameters"),
-        ("context", f"{ready.max_position:,} tokens"),
+        ("context", f"{ready.context:,} tokens"),
         ("device", f"{ready.device}, {ready.dtype}, {ready.threads} threads"),
+        ("products", ready.products),
         ("attention", ready.attention),
         ("cache", cache_line(ready)),
         ("step", f"{ready.max_num_seqs:,} sequences, {ready.max_num_batched_tokens:,} tokens"),

@@ -34,6 +34,7 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.request import RequestOptions, SamplingParams, Targets
+from engine.scaling import RopeScaling
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +157,11 @@ class AsyncEngine:
         *,
         first: int = 1,
         top: int = 0,
+        rope: RopeScaling | None = None,
     ) -> Stream:
         """Start the scoring of a text; see score_all."""
-        return self.score_all(request_id, [text], options, first=first, top=top).streams[0]
+        group = self.score_all(request_id, [text], options, first=first, top=top, rope=rope)
+        return group.streams[0]
 
     def score_all(
         self,
@@ -168,6 +171,7 @@ class AsyncEngine:
         *,
         first: int = 1,
         top: int = 0,
+        rope: RopeScaling | None = None,
         name: str = "text",
     ) -> StreamGroup:
         """Start the scoring of texts; see Admission.admit_score. When a stream has ended, `scores`
@@ -179,7 +183,13 @@ class AsyncEngine:
         def admit(admission: Admission, at: int, called: str) -> list[AddRequest]:
             return [
                 admission.admit_score(
-                    request_id, texts[at], options, first=first, top=top, name=called
+                    request_id,
+                    texts[at],
+                    options,
+                    first=first,
+                    top=top,
+                    name=called,
+                    rope=rope,
                 )
             ]
 

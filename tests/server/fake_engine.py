@@ -31,6 +31,7 @@ READY = EngineReady(
     device="cpu",
     dtype="float32",
     attention="none",
+    products="none",
     num_blocks=8,
     block_size=16,
     kv_bytes=1 << 20,
@@ -39,6 +40,8 @@ READY = EngineReady(
     max_num_seqs=2,
     max_num_batched_tokens=32,
     threads=1,
+    rotary_dim=16,
+    max_profiles=8,
 )
 
 M = TypeVar("M", bound=ToCore)

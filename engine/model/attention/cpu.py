@@ -7,10 +7,6 @@ Paged attention: Kwon et al. 2023 (arXiv 2309.06180); online softmax: Milakov & 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,11 +20,9 @@ from engine.model.attention.base import (
     KVCache,
     score_scale,
 )
-from engine.model.rope import RotaryTable
-
-LIBRARY = Path(__file__).with_name("_cpu_kernel.so")
-VARIANTS = ("avx512", "avx2", "generic")
-"""Instruction sets that the kernel is compiled for, best first."""
+from engine.model.library import load_kernel
+from engine.model.profiles import ProfileTables
+from engine.scaling import RopeScaling
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
@@ -37,15 +31,20 @@ OUT_OF_MEMORY = 2
 """The kernel's status when it finds no scratch space; 1 is a step outside cache or table."""
 
 
-class KernelUnavailableError(Exception):
-    """The compiled kernel cannot be used here; the message says why."""
+class _Profile(ctypes.Structure):
+    """RopewayProfile of cpu_kernel.cpp; zeros where nothing was put."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query_cos", "query_sin", "key_cos", "key_sin")),
+        ("num_positions", ctypes.c_int32),
+    ]
 
 
 class _Layer(ctypes.Structure):
     """RopewayLayer of cpu_kernel.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "profiles")),
         *(
             (name, ctypes.c_int32)
             for name in (
@@ -54,7 +53,7 @@ class _Layer(ctypes.Structure):
                 "head_dim",
                 "rotary_dim",
                 "block_size",
-                "num_positions",
+                "num_profiles",
                 "is_bfloat16",
             )
         ),
@@ -75,69 +74,11 @@ class _Step(ctypes.Structure):
                 "block_tables",
                 "bases",
                 "counts",
+                "profiles",
             )
         ),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_seqs", "max_blocks", "num_threads")),
     ]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One variant of the compiled kernel: attend(layer, step, qkv, out) -> status."""
-
-    variant: str
-    attend: Callable[..., int]
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """The compiled library, bound to the OpenMP runtime that torch already uses.
-
-    It is linked without one, so that its parallel regions run on torch's own threads: two pools
-    on the same cores would fight.
-    """
-    if not LIBRARY.exists():
-        raise KernelUnavailableError("no compiled kernel: installed without a C++ compiler")
-    # A torch that brings no runtime was linked to the system's.
-    for runtime in _bundled_runtimes() or ["libgomp.so.1"]:
-        try:
-            ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(LIBRARY))
-        except OSError as error:
-            obstacle = error
-    raise KernelUnavailableError(f"the compiled kernel does not load: {obstacle}")
-
-
-def _bundled_runtimes() -> list[str]:
-    """OpenMP runtimes that came with torch: GNU's, Intel's or LLVM's; all serve GNU's calls."""
-    torch_lib = Path(torch.__file__).parent / "lib"
-    names = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
-    return [str(path) for name in names for path in sorted(torch_lib.glob(name))]
-
-
-def supported_variants() -> tuple[str, ...]:
-    """Variants that were compiled and that this machine can run, best first.
-
-    Raises KernelUnavailableError when nothing was compiled, or it does not load.
-    """
-    library = load_library()
-    names = [name for name in VARIANTS if hasattr(library, f"ropeway_supports_{name}")]
-    return tuple(name for name in names if library[f"ropeway_supports_{name}"]())
-
-
-def load_kernel(variant: str | None = None) -> Kernel:
-    """The best variant for this machine, or the one asked for.
-
-    Raises KernelUnavailableError, as supported_variants, or when the variant is not among them.
-    """
-    supported = supported_variants()
-    chosen = variant or supported[0]
-    if chosen not in supported:
-        raise KernelUnavailableError(f"variant {chosen!r} is not among {', '.join(supported)}")
-    attend = load_library()[f"ropeway_attention_{chosen}"]
-    attend.argtypes = [ctypes.c_void_p] * 4
-    attend.restype = ctypes.c_int
-    return Kernel(chosen, attend)
 
 
 class CPUBackend(AttentionBackend):
@@ -146,7 +87,7 @@ class CPUBackend(AttentionBackend):
     def __init__(
         self,
         config: ModelConfig,
-        table: RotaryTable,
+        profiles: ProfileTables,
         cache: KVCache,
         variant: str | None = None,
     ) -> None:
@@ -155,28 +96,27 @@ class CPUBackend(AttentionBackend):
         Raises KernelUnavailableError where there is no such kernel, ConfigError for shapes that it
         does not serve (TorchBackend does).
         """
-        super().__init__(config, table, cache)
-        kernel = load_kernel(variant)
-        self.name = f"cpu-{kernel.variant}"
+        super().__init__(config, profiles, cache)
+        chosen, self._attend = load_kernel("attention", [ctypes.c_void_p] * 4, variant)
+        self.name = f"cpu-{chosen}"
         self.dtype = cache.keys[0].dtype
         self._check_shapes()
-        self._attend = kernel.attend
+        self._rows = [(_Profile * profiles.num_rows)() for _ in cache.keys]
         self._layers = [
             _Layer(
                 keys=keys.data_ptr(),
                 values=values.data_ptr(),
-                cos=table.cos.data_ptr(),
-                sin=table.sin.data_ptr(),
+                profiles=ctypes.addressof(rows),
                 num_blocks=len(keys),
                 num_heads=config.num_heads,
                 head_dim=config.head_dim,
                 rotary_dim=config.rotary_dim,
                 block_size=cache.block_size,
-                num_positions=len(table.cos),
+                num_profiles=profiles.num_rows,
                 is_bfloat16=self.dtype == torch.bfloat16,
                 scale=score_scale(config),
             )
-            for keys, values in zip(cache.keys, cache.values, strict=True)
+            for keys, values, rows in zip(cache.keys, cache.values, self._rows, strict=True)
         ]
         self._addresses = [ctypes.addressof(layer) for layer in self._layers]
 
@@ -198,10 +138,19 @@ class CPUBackend(AttentionBackend):
                 f"head_dim must be at most {MAX_HEAD_DIM} for the CPU kernel, "
                 f"got {self.config.head_dim}"
             )
-        half = self.config.rotary_dim // 2
-        for name, table in (("cos", self.table.cos), ("sin", self.table.sin)):
-            if table.dtype != torch.float32 or table.shape[1] != half or not table.is_contiguous():
-                raise ConfigError(f"the table's {name} must be contiguous float32, {half} wide")
+
+    def put_profile(self, row: int, scaling: RopeScaling, num_positions: int) -> None:
+        """See AttentionBackend.put_profile; the kernel is told where the tables lie."""
+        super().put_profile(row, scaling, num_positions)
+        for layer, rows in enumerate(self._rows):
+            queries, keys = self.profiles.queries(row, layer), self.profiles.keys(row, layer)
+            rows[row] = _Profile(
+                queries.cos.data_ptr(),
+                queries.sin.data_ptr(),
+                keys.cos.data_ptr(),
+                keys.sin.data_ptr(),
+                len(queries.cos),
+            )
 
     def forward(self, layer: int, qkv: Tensor, metadata: AttentionMetadata) -> Tensor:
         """See AttentionBackend.forward. Raises ValueError for metadata that leave the cache."""
@@ -224,6 +173,7 @@ class _KernelStep:
             "block_tables": (metadata.block_tables, torch.int32, (num_seqs, max_blocks)),
             "bases": (metadata.bases, torch.int32, (num_seqs, max_blocks)),
             "num_blocks": (metadata.num_blocks, torch.int32, (num_seqs,)),
+            "profiles": (metadata.profiles, torch.int32, (num_seqs,)),
         }
         for name, (tensor, dtype, shape) in tensors.items():
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
@@ -251,5 +201,5 @@ class _KernelStep:
         if status == OUT_OF_MEMORY:
             raise MemoryError("no memory for the scratch space of attention")
         if status:
-            raise ValueError("the metadata point outside the cache or the rotary table")
+            raise ValueError("the metadata point outside the cache or the rotary tables")
         return out

@@ -7,31 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.model import library
 from engine.model.attention import cpu
 from engine.model.attention.base import AttentionBackend, KVCache
 from engine.model.attention.plain import TorchBackend
 from engine.model.attention.select import select_backend
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
 from tests.engine.model.attention.steps import attention_config
 
 
 def chosen(num_heads: int, head_dim: int, device: str = "cpu") -> AttentionBackend:
     config = attention_config(num_heads, head_dim, 16)
     cache = KVCache.allocate(config, 2, 16, torch.float32, device)
-    return select_backend(config, RotaryTable.for_model(config), cache)
+    return select_backend(config, ProfileTables(config, 16, device=device), cache)
 
 
 def test_the_compiled_kernel_is_chosen_and_named() -> None:
     backend = chosen(2, 32)
     assert isinstance(backend, cpu.CPUBackend)
-    assert backend.name == f"cpu-{cpu.supported_variants()[0]}"
+    assert backend.name == f"cpu-{library.supported_variants('attention')[0]}"
 
 
 def test_torch_serves_where_nothing_was_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
-    cpu.load_library.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "none.so")
+    library.load_library.cache_clear()
     try:
         backend = chosen(2, 32)
         assert isinstance(backend, TorchBackend)
@@ -39,7 +40,7 @@ def test_torch_serves_where_nothing_was_compiled(
         (tmp_path / "none.so").write_bytes(b"not a library")
         assert "does not load" in chosen(2, 32).name
     finally:
-        cpu.load_library.cache_clear()
+        library.load_library.cache_clear()
 
 
 def test_torch_serves_shapes_that_the_kernel_does_not() -> None:
