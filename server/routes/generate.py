@@ -38,7 +38,8 @@ RESUMED: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
     404: {"model": ErrorBody, "description": "No stream of this id and key can be resumed."},
-} | {status: DOCUMENTED[status] for status in (400, 401, 422, 429, 503)}
+    **{status: DOCUMENTED[status] for status in (400, 401, 422, 429, 503)},
+}
 
 
 async def _sessions(request: Request) -> Sessions:
