@@ -254,6 +254,9 @@ def serve(
         otlp_endpoint=otlp_endpoint,
         resume_window=resume_window,
     )
+    if otlp_endpoint is not None:
+        with extra("otel"):
+            import server.tracing  # noqa: F401, PLC0415
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
 

@@ -13,7 +13,7 @@ from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from server.chat import ChatTemplate
-from server.outcome import FAILED, INTERRUPTED, MISUSED, extra, fail
+from server.outcome import FAILED, INTERRUPTED, MISUSED, fail
 from server.peer import PeerConfig, PeerProcess
 from server.settings import ServerSettings
 
@@ -38,9 +38,6 @@ def run(
     peers: list[PeerProcess] = []
     patience = 0.0  # with what is still running, where we are interrupted
     try:
-        if settings.otlp_endpoint is not None:
-            with extra("otel"):
-                import server.tracing  # noqa: F401, PLC0415
         process.start()
         # Only now, while the engine process imports PyTorch, what takes us long to import.
         from server.worker import HttpWorker  # noqa: PLC0415
