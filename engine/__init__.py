@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from engine.frontend.client import AsyncEngine as AsyncEngine
     from engine.llm import LLM as LLM
     from engine.llm import Completion as Completion
+    from engine.llm import Score as Score
     from engine.request import FinishReason as FinishReason
     from engine.request import RequestOptions as RequestOptions
     from engine.request import SamplingParams as SamplingParams
+    from engine.scaling import RopeScaling as RopeScaling
 
 _HOMES = {
     "AsyncEngine": "engine.frontend.client",
@@ -23,8 +25,10 @@ _HOMES = {
     "FinishReason": "engine.request",
     "LLM": "engine.llm",
     "RequestOptions": "engine.request",
+    "RopeScaling": "engine.scaling",
     "RopewayError": "engine.errors",
     "SamplingParams": "engine.request",
+    "Score": "engine.llm",
 }
 
 __all__ = [
@@ -33,8 +37,10 @@ __all__ = [
     "Completion",
     "FinishReason",
     "RequestOptions",
+    "RopeScaling",
     "RopewayError",
     "SamplingParams",
+    "Score",
 ]
 
 

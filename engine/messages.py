@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
-from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Window
+from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Targets, Window
+from engine.scaling import UNSCALED, RopeScaling
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -14,8 +16,9 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     The seed and max_tokens are settled at admission, so that a request that is added again (after a
     crash, with the output_token_ids it had) goes on as if nothing had happened. window: where it
-    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost. elapsed_s: how
-    long ago it came, where it is added again; suspect: the engine died while it was computed.
+    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost. targets: what
+    is to be scored of it. elapsed_s: how long ago it came, where it is added again; suspect: the
+    engine died while it was computed.
     """
 
     request_id: str
@@ -27,6 +30,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     options: RequestOptions = RequestOptions()
     window: Window | None = None
     truncated_tokens: int = 0
+    targets: Targets | None = None
     output_token_ids: list[int] = []
     choice: int = 0
     elapsed_s: float = 0.0
@@ -59,7 +63,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     index: stream index of the token. token_id: None where the request ended without one, at its
     timeout; then index is that of the token that would have come. queue_seconds: how long the
     request waited for its first step, sent with its first token, as is cached_tokens: tokens of its
-    prompt that were not computed.
+    prompt that were not computed, and scores, of its targets.
     """
 
     request_id: str
@@ -69,12 +73,14 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
     queue_seconds: float | None = None
     cached_tokens: int = 0
+    scores: list[TokenLogprobs] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True):
     """The core's gauges and counters, as of the last step.
 
-    blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. prefix_queries:
+    blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. profiles:
+    rotations in force, the model's own among them. prefix_queries:
     tokens of the prompts that began; prefix_hits: those of them that were cached.
     """
 
@@ -83,6 +89,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     blocks_total: int = 0
     blocks_free: int = 0
     blocks_cached: int = 0
+    profiles: int = 1
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
@@ -100,6 +107,9 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Core to frontend: the model is loaded and can serve; the sizes that were settled.
+
+    max_position: the trained context; rope: the model's own scaling of it; max_profiles: how many
+    rotations can be in force at once, that one among them.
 
     suspects: requests that the engine process before this one computed when it died; poisoned: one
     that was a suspect already, and was computed alone.
@@ -119,9 +129,18 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     threads: int
+    rope: RopeScaling = UNSCALED
+    rotary_dim: int = 0
+    learned_frequencies: bool = False
+    max_profiles: int = 1
     notes: list[str] = []
     suspects: list[str] = []
     poisoned: list[str] = []
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence, unless a request asks for another rotation."""
+        return self.rope.context(self.max_position)
 
 
 ToCore = AddRequest | AbortRequest | Hello
@@ -144,16 +163,27 @@ class ScheduledRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileRow:
+    """A row of the table of profiles: a scaling in force, over num_positions or more."""
+
+    row: int
+    scaling: RopeScaling
+    num_positions: int
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """One step's work.
 
-    released: requests whose rows the runner may forget; alone: the step tries a suspect.
+    released: requests whose rows the runner may forget; alone: the step tries a suspect. profiles:
+    what the tables of rotations must hold before it.
     """
 
     scheduled: list[ScheduledRequest]
     released: list[str]
     num_tokens: int
     alone: bool = False
+    profiles: Sequence[ProfileRow] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +192,15 @@ class SampledToken:
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step computed.
+
+    sampled: one token for each scheduled request that samples, in order; scores: by request id, the
+    next targets of those that have some.
+    """
+
+    sampled: Sequence[SampledToken]
+    scores: Mapping[str, list[TokenLogprobs]] = field(default_factory=dict)

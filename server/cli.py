@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from importlib import metadata, resources
@@ -61,9 +62,24 @@ def model_directory(model: Path | None) -> Path:
     """The directory, or that of the shipped model."""
     directory = Path(str(resources.files("weights") / "default")) if model is None else model
     if not directory.is_dir():
-        fail(f"{directory} is not a model directory", FAILED)
+        hint = ": `ropeway convert` makes one of a checkpoint" if directory.exists() else ""
+        fail(f"{directory} is not a model directory{hint}", FAILED)
     return directory
 
+
+def cache_directory() -> Path:
+    """Where conversions are kept: with what other programs can make anew."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    except RuntimeError as error:
+        fail(f"no directory for conversions: {error}; name one (--cache-dir)", FAILED)
+    return Path(home) / "ropeway"
+
+
+SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
+SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
+TEXT_HELP = "Text like the training text, to score on what the files leave open."
+TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
 
 ModelOption = Annotated[
     Path | None, option(metavar="DIR", help="Model directory.", show_default="the shipped")
@@ -109,7 +125,10 @@ def serve(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="MODEL", show_envvar=False, help="Model directory.", show_default="the shipped"
+            metavar="MODEL",
+            show_envvar=False,
+            help="Model directory, or a checkpoint of a known format.",
+            show_default="the shipped",
         ),
     ] = None,
     *,
@@ -125,6 +144,10 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, option(help="Tokens in one step, of prompts and outputs together.")
     ] = SCHEDULER.max_num_batched_tokens,
+    max_profiles: Annotated[
+        int,
+        option(help="Rotations in force at once (a request's `rope`), with the model's own."),
+    ] = SCHEDULER.max_profiles,
     max_queue: Annotated[
         int, option(min=0, help="Requests that may wait; beyond them the answer is 429.")
     ] = SERVER.max_queue,
@@ -141,11 +164,27 @@ def serve(
     max_restarts: Annotated[
         int, option(min=0, help="Restarts in a row of an engine process that died.")
     ] = SERVER.max_restarts,
+    cache_dir: Annotated[
+        Path | None,
+        option(
+            metavar="DIR",
+            help="Where a converted checkpoint is kept for the next start.",
+            show_default="~/.cache/ropeway",
+        ),
+    ] = None,
+    text: TextOption = None,
+    declare: SetOption = None,
 ) -> None:
-    """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest."""
+    """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest.
+
+    A checkpoint that is no model directory is converted first, and kept.
+    """
+    from weights.cache import Wanted, servable  # noqa: PLC0415
+
     began = time.monotonic()
-    directory = model_directory(model)
     with reported():
+        wanted = Wanted(model or model_directory(None), text, declare or ())
+        directory = servable(wanted, cache_dir or cache_directory(), Console(stderr=True))
         tokenizer = Tokenizer.from_directory(directory)
         config = EngineConfig(
             model_dir=str(directory),
@@ -155,7 +194,9 @@ def serve(
             threads=threads,
             cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
             scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_profiles=max_profiles,
             ),
             num_token_ids=len(tokenizer),
             unused_token_ids=tuple(tokenizer.unused_ids),
@@ -325,21 +366,26 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings=FORWARD)
-def train(context: typer.Context) -> None:
-    """Train a model of this family, as the shipped one was."""
-    with extra("train"):
-        from weights.train import main as train_main  # noqa: PLC0415
+def loadtest(context: typer.Context) -> None:
+    """Load a server as chatting readers do, find its knee, and leave a report."""
+    with extra("loadtest"), reported():
+        from loadtest.run import app as loadtest_app  # noqa: PLC0415
 
-        train_main(context.args)
+        loadtest_app(context.args, prog_name="ropeway loadtest")
+
+
+@app.command(context_settings=FORWARD)
+def train(context: typer.Context) -> None:
+    """Train a model of this family on a folder of text, as the shipped one was."""
+    with extra("train"), reported():
+        from weights.train_command import app as train_app  # noqa: PLC0415
+
+        train_app(context.args, prog_name="ropeway train")
 
 
 SourceArgument = Annotated[
     Path, typer.Argument(metavar="SRC", show_envvar=False, help="A checkpoint: file or directory.")
 ]
-SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
-SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
-TEXT_HELP = "Text like the training text, to score on what the files leave open."
-TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
 
 
 @app.command()

@@ -95,12 +95,7 @@ class Sampler:
 
         Raises FloatingPointError where a row has NaN or infinity: no token would be right.
         """
-        logits = logits[:, : self._vocab_size]
-        if len(self._unused):
-            logits.index_fill_(1, self._unused, -torch.inf)
-        highest, token_ids = logits.max(dim=-1)  # of equals the first; a NaN is the highest
-        if not highest.isfinite().all():
-            raise FloatingPointError("the model's logits are not finite")
+        logits, token_ids = self._checked(logits)
         logprobs = self._model_logprobs(logits, requests)
         for row, request in enumerate(requests):
             if _has_penalty(request):
@@ -116,6 +111,31 @@ class Sampler:
                 zip(token_ids.tolist(), requests, strict=True)
             )
         ]
+
+    def score(self, logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+        """Logits float32 [len(token_ids), >= vocab_size], overwritten -> what each token has in its
+        row, and the `top` likeliest. Raises FloatingPointError as above."""
+        logits, _ = self._checked(logits)
+        logprobs = logits.log_softmax(dim=-1)
+        taken = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        values, ids = logprobs.topk(min(top, self._vocab_size), dim=-1)
+        return [
+            TokenLogprobs(logprob, list(zip(*pair, strict=True)))
+            for logprob, pair in zip(
+                taken.tolist(), zip(ids.tolist(), values.tolist(), strict=True), strict=True
+            )
+        ]
+
+    def _checked(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of real tokens, in place, ids that no token has being impossible; and the
+        likeliest of each row."""
+        logits = logits[:, : self._vocab_size]
+        if len(self._unused):
+            logits.index_fill_(1, self._unused, -torch.inf)
+        highest, token_ids = logits.max(dim=-1)  # of equals the first; a NaN is the highest
+        if not highest.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
+        return logits, token_ids
 
     @staticmethod
     def _model_logprobs(logits: Tensor, requests: Sequence[Request]) -> dict[int, Tensor]:

@@ -6,7 +6,9 @@ import secrets
 from dataclasses import dataclass
 from typing import Self
 
-from engine.errors import ContextOverflow, InvalidRequest
+import msgspec
+
+from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineReady
 from engine.request import (
@@ -16,8 +18,11 @@ from engine.request import (
     Overflow,
     RequestOptions,
     SamplingParams,
+    Targets,
     Window,
+    no_such_rotation,
 )
+from engine.scaling import RopeScaling
 
 MAX_CONTEXTS = 64
 """How many times the context a prompt may be, where `overflow` says what to do with it."""
@@ -52,6 +57,67 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one request has room for: tokens of the context under its rotation, and of the cache."""
+
+    context: int
+    block_size: int
+    num_blocks: int
+
+    @property
+    def limit(self) -> int:
+        """Tokens that one request can have in the cache."""
+        return min(self.context, self.num_blocks * self.block_size)
+
+    def truncated(self, token_ids: list[int], max_tokens: int | None) -> list[int]:
+        """The end of a prompt, so that max_tokens fit behind it."""
+        if max_tokens is None:
+            if len(token_ids) > self.limit:
+                raise InvalidRequest(
+                    f"max_tokens must be given with overflow 'truncate' where the prompt "
+                    f"({len(token_ids)} tokens) is longer than the limit of {self.limit}",
+                    "max_tokens",
+                )
+            return token_ids
+        room = self.limit + 1 - max_tokens
+        if room < 1:
+            raise ContextOverflow(
+                f"max_tokens must be at most {self.limit} where at least one token of the prompt "
+                f"is kept, got {max_tokens}",
+                "max_tokens",
+            )
+        return token_ids[-room:]
+
+    def window(self, num_prompt_tokens: int, max_tokens: int | None) -> Window | None:
+        """What a shifting request sees; None where it fits as it is."""
+        if max_tokens is not None and num_prompt_tokens + max_tokens <= self.limit + 1:
+            return None
+        num_blocks = self.context // self.block_size
+        least = SINK_BLOCKS + 2
+        if num_blocks < least or num_blocks > self.num_blocks:
+            raise ContextOverflow(
+                f"overflow 'shift' needs {max(num_blocks, least)} pages of {self.block_size} "
+                f"tokens; the context of {self.context} tokens has {num_blocks}, the cache "
+                f"{self.num_blocks}",
+                "overflow",
+            )
+        return Window(self.block_size, num_blocks)
+
+    def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
+        """The last token is sampled but never computed, so it needs no position of its own."""
+        limit = self.limit
+        room = limit + 1 - num_prompt_tokens
+        if room < 1 or (asked is not None and asked > room):
+            what = "context" if limit == self.context else "cache"
+            raise ContextOverflow(
+                f"prompt ({num_prompt_tokens} tokens) and max_tokens ({asked or 1}) need more than "
+                f"the {what} of {limit} tokens; max_tokens can be at most {max(room, 0)}",
+                "max_tokens",
+            )
+        return room if asked is None else asked
+
+
 @dataclass(frozen=True)
 class Admission:
     """Turns a prompt and its parameters into an AddRequest that the engine can always finish."""
@@ -68,18 +134,19 @@ class Admission:
     ) -> AddRequest:
         """Settle tokens, seed, limit and end tokens.
 
-        Raises InvalidRequest for a prompt that is empty or holds ids that no token has, and
-        ContextOverflow where prompt and output cannot fit the context or the whole cache, and
-        `overflow` does not help.
+        Raises InvalidRequest for a prompt that is empty or holds ids that no token has and for a
+        rotation that the model cannot have, and ContextOverflow where prompt and output cannot fit
+        the context or the whole cache, and `overflow` does not help.
         """
-        token_ids = self._token_ids(prompt, options.overflow)
+        room = self._room(params.rope)
+        token_ids = self._token_ids(prompt, options.overflow, room)
         num_tokens, window, max_tokens = len(token_ids), None, params.max_tokens
         if options.overflow == "truncate":
-            token_ids = self._truncated(token_ids, max_tokens)
+            token_ids = room.truncated(token_ids, max_tokens)
         elif options.overflow == "shift":
-            window = self._window(num_tokens, max_tokens)
+            window = room.window(num_tokens, max_tokens)
         if window is None:
-            max_tokens = self._max_tokens(len(token_ids), max_tokens)
+            max_tokens = room.max_tokens(len(token_ids), max_tokens)
         stop_token_ids = set(params.stop_token_ids)
         for token_id in params.stop_token_ids:
             if token_id not in self.tokenizer:
@@ -102,89 +169,108 @@ class Admission:
             truncated_tokens=num_tokens - len(token_ids),
         )
 
-    def _token_ids(self, prompt: str | list[int], overflow: Overflow) -> list[int]:
-        limit = self.engine.max_position
+    def admit_score(
+        self,
+        request_id: str,
+        text: str | list[int],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+        rope: RopeScaling | None = None,
+    ) -> AddRequest:
+        """A request that ends with the log-probabilities of a text's tokens from `first` on.
+
+        It generates one token, which means nothing: the last token of the text is only looked for,
+        and the engine samples behind the one before it. top: likeliest tokens to give beside each.
+        rope: the rotation profile, None: the model's own.
+
+        Raises InvalidRequest and ContextOverflow as above, and where there is nothing to score.
+        """
+        if options.overflow == "truncate":
+            raise InvalidRequest(
+                "overflow must be error or shift where a text is scored; got 'truncate'", "overflow"
+            )
+        room = self._room(rope)
+        token_ids = self._token_ids(text, options.overflow, room, "text")
+        if not 1 <= first < len(token_ids):
+            raise InvalidRequest(
+                f"text must have more tokens than the {max(first, 1)} before the first that is "
+                f"scored, got {len(token_ids)}",
+                "text",
+            )
+        if options.overflow == "error" and len(token_ids) > room.limit + 1:
+            raise ContextOverflow(
+                f"text has {len(token_ids)} tokens; the cache of {room.limit} tokens takes "
+                f"{room.limit + 1}",
+                "text",
+            )
+        params = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, logprobs=top, rope=rope
+        )
+        request = self.admit(request_id, token_ids[:-1], params, options)
+        targets = Targets(first - 1, token_ids[first:])
+        return msgspec.structs.replace(request, targets=targets)
+
+    def _room(self, rope: RopeScaling | None) -> Room:
+        """What a request has room for under the rotation that it asks for, None: the model's."""
+        engine = self.engine
+        if rope is not None and rope != engine.rope:
+            try:
+                rope.check_model(engine.rotary_dim, engine.learned_frequencies)
+            except ConfigError as error:
+                raise no_such_rotation(error) from error
+            if engine.rope.type == "xpos" and (rope.type, rope.scale_base) != (
+                "xpos",
+                engine.rope.scale_base,
+            ):
+                raise InvalidRequest(
+                    f"rope.type must be xpos, with rope.scale_base {engine.rope.scale_base}, since "
+                    f"the model was trained so; got {rope.type}, {rope.scale_base}",
+                    "rope",
+                )
+            if engine.max_profiles == 1:
+                raise InvalidRequest(
+                    f"rope must be the model's own ({engine.rope.type}) or absent, got "
+                    f"{rope.type}: max_profiles of the server is 1",
+                    "rope",
+                )
+        context = (rope or engine.rope).context(engine.max_position)
+        return Room(context, engine.block_size, engine.num_blocks)
+
+    def _token_ids(
+        self, prompt: str | list[int], overflow: Overflow, room: Room, field: str = "prompt"
+    ) -> list[int]:
+        """field: `prompt`, or `text` of which the last token is not computed, so that it may have
+        one more."""
+        limit = room.context
         what = "the context"
         if overflow != "error":
             limit *= MAX_CONTEXTS
-            what = f"overflow {overflow!r} with a context of {self.engine.max_position}"
+            what = f"overflow {overflow!r} with a context of {room.context}"
+        limit += field == "text"
         if isinstance(prompt, str):
             # Checked before tokenising, which can take long for a text that has no spaces.
             if len(prompt) > limit * self.tokenizer.longest_token:
                 raise ContextOverflow(
-                    f"prompt has {len(prompt)} characters; {what} takes {limit} tokens, which "
+                    f"{field} has {len(prompt)} characters; {what} takes {limit} tokens, which "
                     f"cannot hold more than {limit * self.tokenizer.longest_token}",
-                    "prompt",
+                    field,
                 )
             try:
                 prompt = self.tokenizer.encode(prompt)
             except ValueError as error:
-                raise InvalidRequest(f"prompt cannot be tokenised: {error}", "prompt") from error
+                raise InvalidRequest(f"{field} cannot be tokenised: {error}", field) from error
         else:
             for at, token_id in enumerate(prompt):
                 if token_id not in self.tokenizer:
                     raise InvalidRequest(
-                        f"prompt[{at}] is {token_id}; the tokenizer has ids 0 to "
+                        f"{field}[{at}] is {token_id}; the tokenizer has ids 0 to "
                         f"{len(self.tokenizer) - 1}",
-                        "prompt",
+                        field,
                     )
         if not prompt:
-            raise InvalidRequest("prompt must hold at least one token, got none", "prompt")
+            raise InvalidRequest(f"{field} must hold at least one token, got none", field)
         if len(prompt) > limit:
-            raise ContextOverflow(
-                f"prompt has {len(prompt)} tokens; {what} takes {limit}", "prompt"
-            )
+            raise ContextOverflow(f"{field} has {len(prompt)} tokens; {what} takes {limit}", field)
         return prompt
-
-    @property
-    def _limit(self) -> int:
-        """Tokens that one request can have in the cache."""
-        return min(self.engine.max_position, self.engine.num_blocks * self.engine.block_size)
-
-    def _truncated(self, token_ids: list[int], max_tokens: int | None) -> list[int]:
-        """The end of a prompt, so that max_tokens fit behind it."""
-        if max_tokens is None:
-            if len(token_ids) > self._limit:
-                raise InvalidRequest(
-                    f"max_tokens must be given with overflow 'truncate' where the prompt "
-                    f"({len(token_ids)} tokens) is longer than the limit of {self._limit}",
-                    "max_tokens",
-                )
-            return token_ids
-        room = self._limit + 1 - max_tokens
-        if room < 1:
-            raise ContextOverflow(
-                f"max_tokens must be at most {self._limit} where at least one token of the prompt "
-                f"is kept, got {max_tokens}",
-                "max_tokens",
-            )
-        return token_ids[-room:]
-
-    def _window(self, num_prompt_tokens: int, max_tokens: int | None) -> Window | None:
-        """What a shifting request sees; None where it fits as it is."""
-        engine = self.engine
-        if max_tokens is not None and num_prompt_tokens + max_tokens <= self._limit + 1:
-            return None
-        num_blocks = engine.max_position // engine.block_size
-        least = SINK_BLOCKS + 2
-        if num_blocks < least or num_blocks > engine.num_blocks:
-            raise ContextOverflow(
-                f"overflow 'shift' needs {max(num_blocks, least)} pages of {engine.block_size} "
-                f"tokens; the context of {engine.max_position} tokens has {num_blocks}, the cache "
-                f"{engine.num_blocks}",
-                "overflow",
-            )
-        return Window(engine.block_size, num_blocks)
-
-    def _max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
-        """The last token is sampled but never computed, so it needs no position of its own."""
-        limit = self._limit
-        room = limit + 1 - num_prompt_tokens
-        if room < 1 or (asked is not None and asked > room):
-            what = "context" if limit == self.engine.max_position else "cache"
-            raise ContextOverflow(
-                f"prompt ({num_prompt_tokens} tokens) and max_tokens ({asked or 1}) need more than "
-                f"the {what} of {limit} tokens; max_tokens can be at most {max(room, 0)}",
-                "max_tokens",
-            )
-        return room if asked is None else asked

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine import LLM, SamplingParams
 from engine.errors import CheckpointError
 from engine.model.loader import load_model, read_config
+from engine.scaling import RopeScaling
 from tests.models import write_tokenizer
 from tests.weights.checkpoints import (
     TOKENS,
@@ -92,10 +96,73 @@ def test_frequencies_of_rotary_embedding_torch(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"say rope_base 5000.0, ckpt.pt: rope_base 10000"):
         describe(open_source(path))
     key = "transformer.h.1.attn.rotary_emb.freqs"
-    state[key] = state[key] * 1.1
+    state[key] = state[key][:-1]
     torch.save({"model": state, "model_args": nanogpt_args(config)}, path)
-    with pytest.raises(CheckpointError, match=r"h\.1\.attn\.rotary_emb\.freqs follow no base"):
+    with pytest.raises(CheckpointError, match=r"differ, and are not one list of equal length"):
         describe(open_source(path))
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_learned_frequencies_of_rotary_embedding_torch(tmp_path: Path, per_layer: bool) -> None:
+    """The logits are those of attention that is rotated by the library itself."""
+    config, tensors = make(tmp_path / "model")
+    state = rename(interleave(tensors, config), NANOGPT, config)
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    generator = torch.Generator().manual_seed(2)
+    rotaries = []
+    for layer in range(config.num_layers):
+        if per_layer or not rotaries:
+            freqs = torch.randn(8, generator=generator)
+            rotaries.append(RotaryEmbedding(dim=16, custom_freqs=freqs, learned_freq=True))
+        state[f"transformer.h.{layer}.attn.rotary_emb.freqs"] = rotaries[-1].freqs.detach()
+    torch.save({"model": state, "model_args": nanogpt_args(config)}, tmp_path / "ckpt.pt")
+    write_tokenizer(tmp_path)
+    convert(tmp_path / "ckpt.pt", tmp_path / "out", declared={"qkv_layout": "stacked"})
+    convert(tmp_path / "out", tmp_path / "again")
+    expected_kind = "per_layer" if per_layer else "shared"
+    assert read_config(tmp_path / "again").learned_frequencies == expected_kind
+
+    def attention(layer: int, qkv: Tensor) -> Tensor:
+        heads = qkv.view(len(qkv), 3, config.num_heads, -1).permute(1, 2, 0, 3).clone()
+        rotated = heads[:2, ..., :16].unflatten(-1, (2, 8)).transpose(-1, -2).flatten(-2)
+        heads[:2, ..., :16] = rotaries[layer if per_layer else 0].rotate_queries_or_keys(rotated)
+        query, key, value = heads[:, None]
+        return (
+            F.scaled_dot_product_attention(query, key, value, is_causal=True)[0]
+            .transpose(0, 1)
+            .reshape(len(qkv), -1)
+        )
+
+    model = load_model(tmp_path / "model", torch.float32)
+    with torch.inference_mode():
+        expected = model.logits(model(TOKENS, attention))[:, : config.vocab_size].log_softmax(-1)
+    llm = LLM(tmp_path / "again", device="cpu", dtype="float32", block_size=16)
+    for at in range(1, len(TOKENS)):
+        (completion,) = llm.generate(
+            [TOKENS[:at].tolist()], SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+        )
+        assert completion.logprobs is not None
+        assert completion.token_ids[0] == int(expected[at - 1].argmax())
+        assert completion.logprobs[0].logprob == pytest.approx(
+            float(expected[at - 1].max()), abs=1e-4
+        )
+
+
+def test_xpos_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    config, tensors = make(tmp_path / "model")
+    state = rename(interleave(tensors, config), NANOGPT, config)
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    rotary = RotaryEmbedding(dim=16, use_xpos=True)
+    state["transformer.rotary_emb.freqs"] = rotary.freqs
+    state["transformer.rotary_emb.scale"] = rotary.scale  # its buffer was persistent once
+    path = tmp_path / "ckpt.pt"
+    torch.save({"model": state, "model_args": nanogpt_args(config)}, path)
+    declared: dict[str, Any] = {"qkv_layout": "stacked"}
+    with pytest.raises(CheckpointError, match=r"rotary_emb.scale says xPos, .* declare rope"):
+        convert(path, tmp_path / "out", declared=declared)
+    declared["rope"] = {"type": "xpos", "scale_base": 64}
+    convert(path, tmp_path / "out", declared=declared)
+    assert read_config(tmp_path / "out").rope == RopeScaling(type="xpos", scale_base=64)
 
 
 def write_hugging_face(directory: Path, state: dict[str, Tensor], said: dict[str, Any]) -> None:
@@ -105,7 +172,7 @@ def write_hugging_face(directory: Path, state: dict[str, Tensor], said: dict[str
     write_tokenizer(directory)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards", "no prefix"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards", "bin shards", "no prefix"])
 def test_hugging_face_gpt2(tmp_path: Path, kind: str) -> None:
     config, tensors = make(tmp_path / "model", activation="gelu_tanh")
     state = rename(tensors, HF_GPT2, config)
@@ -124,6 +191,12 @@ def test_hugging_face_gpt2(tmp_path: Path, kind: str) -> None:
     if kind == "bin":
         (source / "model.safetensors").unlink()
         torch.save(state, source / "pytorch_model.bin")
+    if kind == "bin shards":
+        (source / "model.safetensors").unlink()
+        names = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
+        for file in set(names.values()):
+            torch.save({n: t for n, t in state.items() if names[n] == file}, source / file)
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
     if kind == "shards":
         (source / "model.safetensors").unlink()
         names = {name: f"{i % 2}.safetensors" for i, name in enumerate(state)}
@@ -174,8 +247,31 @@ def test_litgpt(tmp_path: Path, table: Any) -> None:
         describe(open_source(source))
 
 
+def test_settings_of_another_format(tmp_path: Path) -> None:
+    """A default means something only where the format's own file leaves it out."""
+    config, tensors = make(tmp_path / "model", parallel_residual=True, tie_embeddings=False)
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save(rename(tensors, LITGPT, config), source / "lit_model.pth")
+    (source / "config.json").write_text('{"model_type": "gpt_neox", "num_attention_heads": 2}')
+    with pytest.raises(CheckpointError, match=r"keeps its settings in model_config\.yaml, which"):
+        describe(open_source(source))
+    neox = tmp_path / "neox"
+    convert(tmp_path / "model", neox, "gpt-neox")
+    said = json.loads((neox / "config.json").read_text())
+    (neox / "config.json").write_text(json.dumps(said | {"model_type": "gpt_neox_japanese"}))
+    with pytest.raises(CheckpointError, match=r"model_type is 'gpt_neox_japanese' in config\.json"):
+        describe(open_source(neox))
+    (neox / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"keeps its settings in config\.json, which"):
+        describe(open_source(neox))
+
+
 def modded(tensors: dict[str, Tensor], token_ids: Tensor, heads: int) -> Tensor:
-    """The network of October 2024, by its description: -theta, QK-norm, relu^2, bare RMS norms."""
+    """The network of mid-October 2024, by its published code: tied, -theta, QK-norm, relu^2.
+
+    Its norms have no weights. Its trainer rounded cosines and sines to bfloat16, in which it ran.
+    """
 
     def norm(x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.size(-1),))
@@ -219,7 +315,10 @@ def test_modded_nanogpt(tmp_path: Path) -> None:
     expected = modded(state, TOKENS, heads=2)
     assert (logits(tmp_path / "out") - expected).abs().max() <= 1e-4 * expected.abs().max()
 
-    for code in ("x + self.attn_scale * y", "30 * torch.tanh(logits / 30)"):
+    normalised = (
+        "x = self.transformer.wte(idx) # (b, t, n_embd)\n  x = F.rms_norm(x, (x.size(-1),))"
+    )
+    for code in ("x + self.attn_scale * y", "30 * torch.tanh(logits / 30)", normalised):
         torch.save(content | {"code": code}, source)
         with pytest.raises(CheckpointError, match="in the code in it: its trainer"):
             describe(open_source(source))
@@ -349,6 +448,38 @@ def test_shards_are_written_where_a_model_is_large(
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
     convert(tmp_path / "out", tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "model"))
+
+
+def test_an_end_token_that_is_no_token(tmp_path: Path) -> None:
+    config, tensors = make(tmp_path / "model")
+    path = tmp_path / "ckpt.pt"
+    args = nanogpt_args(config, eos_token_id=50_256)
+    torch.save({"model": rename(tensors, NANOGPT, config), "model_args": args}, path)
+    description = describe(open_source(path))
+    assert "eos_token_id" not in description.known
+    assert description.why["eos_token_id"].endswith("eos_token_id is 50256, which no token has")
+    with pytest.raises(CheckpointError, match="eos_token_id must be an id below 288, got 288"):
+        describe(open_source(path), {"eos_token_id": 288})
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the second shard; what was written goes, the user's files stay."""
+    make(tmp_path / "model")
+    monkeypatch.setattr("weights.convert.SHARD_BYTES", 100_000)
+    write_bytes, shards = Path.write_bytes, []
+
+    def full(path: Path, content: bytes) -> int:
+        if path.suffix == ".safetensors":
+            shards.append(path)
+            if len(shards) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left on device"):
+        convert(tmp_path / "model", tmp_path / "out")
+    assert len(shards) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

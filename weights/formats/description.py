@@ -13,11 +13,14 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.gpt2 import GPT2
+from weights.files import SETTINGS_FILES
 from weights.formats.known import FORMATS, UNSUPPORTED, UNSUPPORTED_CODE
-from weights.formats.rotation import from_frequencies
+from weights.formats.rotation import from_frequencies, learned
 from weights.formats.table import MODULES, ROPE_FIELDS, Format, Layout, Setting
 from weights.source import DTYPES, Source, StoredTensor
 
+LEARNED = "learned_frequencies"
+FREQUENCIES = "inv_freq"
 LAYOUT = "qkv_layout"
 """The one declaration that is no field of ModelConfig."""
 
@@ -74,7 +77,7 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     description = _sort(source, chosen, tensors)
     for name, value in (declared or {}).items():
         description.note(name, value, "declared")
-    _check_limits(source, chosen)
+    _check_settings(source, chosen)
     for name, setting in chosen.settings.items():
         value, key = _look_up(source, setting)
         description.note(name, value, f"{source.settings_file}: {key}" if key else "the default")
@@ -90,6 +93,7 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     _check_types(description)
     _from_tensors(description)
     _from_frequencies(description)
+    _check_decay(description)
     _settle_rotation(description)
     if chosen.layout is not None or "norm.bias" in description.parts:
         description.note("norm", "layernorm", "the architecture")
@@ -203,7 +207,21 @@ def _look_up(source: Source, setting: Setting) -> tuple[Any, str]:
     return value, said
 
 
-def _check_limits(source: Source, chosen: Format) -> None:
+def _check_settings(source: Source, chosen: Format) -> None:
+    """Raise where the settings are another format's, or ask for what the engine has not."""
+    if chosen.settings_name and source.settings_file in {"", *SETTINGS_FILES} - {
+        chosen.settings_name
+    }:
+        raise CheckpointError(
+            f"{source.path}: {chosen.title} keeps its settings in {chosen.settings_name}, which is "
+            "not beside the weights"
+        )
+    said = source.settings.get("model_type")
+    if said is not None and chosen.model_types and said not in chosen.model_types:
+        raise CheckpointError(
+            f"{source.path}: model_type is {said!r} in {source.settings_file}; the tensors are "
+            f"those of {chosen.title}, which says {' or '.join(chosen.model_types)}"
+        )
     for limit in chosen.limits:
         value = _get(source.settings, limit.key)
         allowed = [
@@ -260,16 +278,36 @@ def _from_tensors(description: Description) -> None:
     eos = known.get("eos_token_id")
     description.note("vocab_size", known["padded_vocab_size"], "shapes")
     known["vocab_size"] = min(known["vocab_size"], known["padded_vocab_size"])
-    if eos is None or not 0 <= eos < known["vocab_size"]:
-        known.pop("eos_token_id", None)
+    if eos is not None and not 0 <= eos < known["vocab_size"]:
+        why = description.why["eos_token_id"]
+        if why == "declared":
+            raise CheckpointError(
+                f"{description.source.path}: eos_token_id must be an id below "
+                f"{known['vocab_size']}, got {eos}"
+            )
+        # GPT-2's 50,256 stands in many a config.json whose vocabulary is smaller.
+        description.why["eos_token_id"] = f"{why} is {eos}, which no token has"
+        known.pop("eos_token_id")
 
 
 def _from_frequencies(description: Description) -> None:
     """Stored frequencies, where the rotation is open; they must agree with what is said."""
-    if not description.opened:
-        return
     pattern, tensors = re.compile(r".*\b(inv_)?freqs?"), description.source.tensors
     found = {name: tensors[name] for name in tensors if pattern.fullmatch(name)}
+    if description.known.get(LEARNED, "none") != "none":  # a model directory of ours
+        description.parts |= {FREQUENCIES: [found[FREQUENCIES]]} if FREQUENCIES in found else {}
+        return
+    if not description.opened:
+        return
+    if own := learned(found, description.num_layers):
+        why = "stored frequencies, which follow no base"
+        description.parts[FREQUENCIES] = own
+        description.note(LEARNED, "shared" if len(own) == 1 else "per_layer", why)
+        description.note("rope_base", 10_000.0, "not used")
+        description.note("rotary_dim", 2 * own[0].shape[0], why)
+        description.note("pairing", "interleaved", "stored frequencies")
+        description.note("rope_sign", 1, "stored frequencies")
+        return
     for name, value in from_frequencies(found).items():
         if description.known.get(name, value) != value and description.why[name] != "declared":
             raise CheckpointError(
@@ -277,6 +315,16 @@ def _from_frequencies(description: Description) -> None:
                 f"{description.why[name]} {description.known[name]}; declare which is right"
             )
         description.note(name, value, "stored frequencies")
+
+
+def _check_decay(description: Description) -> None:
+    """Older versions of rotary-embedding-torch leave xPos's zeta behind, but not its scale_base."""
+    for name, tensor in description.source.tensors.items():
+        if re.fullmatch(r".*rotary.*\.scale", name) and "rope" not in description.known:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} says xPos, and not its scale_base; declare rope, "
+                'such as {"type": "xpos", "scale_base": 512}, or {"type": "default"} for none'
+            )
 
 
 def _check_types(description: Description) -> None:
@@ -333,7 +381,9 @@ def _check_shapes(description: Description) -> None:
             raise CheckpointError(f"{description.source.path}: what makes {name} is missing")
         module = name.rpartition(".")[0].removeprefix("blocks.").lstrip("0123456789.")
         shape = list(tensor.shape)
-        if len(there) > 1:
+        if name == FREQUENCIES and len(there) > 1:
+            shape = shape[1:]
+        elif len(there) > 1:
             shape[0] //= len(there)
         if module in description.format.transposed and len(shape) == 2:
             shape.reverse()

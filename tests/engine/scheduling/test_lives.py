@@ -1,5 +1,5 @@
 """Scheduler and pool through random lives: arrivals, aborts, timeouts, priorities, shared prefixes,
-shifts, suspects and tiny pools. What the pages hold is played along, token by token."""
+shifts, suspects, rotations and tiny pools. What the pages hold is played along, token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engine.config import SchedulerConfig
-from engine.messages import SampledToken, SchedulerOutput
+from engine.messages import (
+    SampledToken,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
+)
 from engine.request import (
     SINK_BLOCKS,
     FinishReason,
@@ -18,23 +24,39 @@ from engine.request import (
     RequestOptions,
     RequestStatus,
     SamplingParams,
+    Targets,
     Window,
 )
+from engine.scaling import RopeScaling
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.profiles import ProfileRows
 from engine.scheduling.scheduler import Scheduler
 
 SIZE = 4
 WINDOW = Window(SIZE, 3)
 MAX_PREEMPTIONS = 2
+TRAINED = 9
+OWN = RopeScaling(type="yarn", factor=2)
+ROPES = (
+    *[None] * 5,
+    OWN,
+    RopeScaling(type="linear", factor=2),
+    RopeScaling(type="dynamic", factor=2),
+    RopeScaling(type="dynamic", factor=3, original_context=5),
+    RopeScaling(type="ntk", factor=3),  # what the first dynamic one becomes
+)
 
 
 class Lives(RuleBasedStateMachine):
     """One scheduler, from its first request to its last."""
 
     @initialize(
-        num_blocks=st.integers(3, 14), max_num_seqs=st.integers(1, 5), extra=st.integers(0, 12)
+        num_blocks=st.integers(3, 14),
+        max_num_seqs=st.integers(1, 5),
+        extra=st.integers(0, 12),
+        rows=st.integers(2, 4),
     )
-    def begin(self, num_blocks: int, max_num_seqs: int, extra: int) -> None:
+    def begin(self, num_blocks: int, max_num_seqs: int, extra: int, rows: int) -> None:
         self.now = 0.0
         self.pool = BlockPool(num_blocks, SIZE)
         config = SchedulerConfig(
@@ -42,11 +64,15 @@ class Lives(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + extra,
             max_preemptions=MAX_PREEMPTIONS,
         )
-        self.scheduler = Scheduler(config, self.pool, lambda: self.now)
+        self.profiles = ProfileRows(OWN, TRAINED, rows)
+        self.scheduler = Scheduler(config, self.pool, lambda: self.now, self.profiles)
+        self.tables: dict[int, tuple[RopeScaling, int]] = {}  # what the runner was told of rows
         self.alive: dict[str, Request] = {}
         self.seen: dict[str, list[int]] = {}
         self.content: dict[tuple[int, int], object] = {}  # (block, offset) -> what was computed
         self.count = 0
+        self.sampled = 0
+        self.prompted = 0
 
     @rule(
         shared=st.integers(0, 12),
@@ -58,6 +84,8 @@ class Lives(RuleBasedStateMachine):
         shift=st.booleans(),
         suspect=st.sampled_from([False] * 5 + [True]),
         done=st.integers(0, 5),
+        rope=st.sampled_from(ROPES),
+        scored_from=st.sampled_from([None, None, None, 0, 3]),
     )
     def add(
         self,
@@ -70,8 +98,11 @@ class Lives(RuleBasedStateMachine):
         shift: bool,
         suspect: bool,
         done: int,
+        rope: RopeScaling | None,
+        scored_from: int | None,
     ) -> None:
-        """done: tokens that it had in an earlier engine."""
+        """done: tokens that it had in an earlier engine; scored_from: the first row that is scored,
+        of a request that has none yet."""
         capacity = self.pool.num_blocks * SIZE
         prompt = [*range(shared), *[100 + self.count % 3] * own]
         if not shift:
@@ -79,15 +110,19 @@ class Lives(RuleBasedStateMachine):
             max_tokens = min(max_tokens, capacity + 1 - len(prompt))
         self.count += 1
         done = min(done, max_tokens - 1)
+        targets = None
+        if scored_from is not None and scored_from < len(prompt) and not done:
+            targets = Targets(scored_from, list(range(1000, 1000 + len(prompt) - scored_from)))
         request = Request(
             f"r{self.count}",
             prompt,
-            SamplingParams(),
+            SamplingParams(rope=rope),
             seed=0,
             max_tokens=max_tokens,
             stop_token_ids=frozenset(),
             options=RequestOptions(priority=priority, timeout_s=timeout_s, cache_salt=salt),
             window=WINDOW if shift else None,
+            targets=targets,
             output_token_ids=[7] * done,
             suspect=suspect,
         )
@@ -124,8 +159,17 @@ class Lives(RuleBasedStateMachine):
             self.check_nobody_waits_in_vain(output)
         self.compute(output)
         sampled = [SampledToken(7) for item in output.scheduled if item.samples]
-        for one in scheduler.update(output, sampled):
+        self.sampled += len(sampled)
+        scores = {item.request.request_id: scored(item) for item in output.scheduled}
+        for one in scheduler.update(output, StepResult(sampled, scores)):
             request = self.alive[one.request_id]
+            if one.token_id is not None and one.index == 0:
+                self.prompted += request.num_prompt_tokens
+                if request.targets is not None:
+                    assert one.scores is not None
+                    assert [each.logprob for each in one.scores] == request.targets.token_ids
+            else:
+                assert one.scores is None
             if one.token_id is None:
                 assert one.finish_reason is FinishReason.TIMEOUT
                 assert one.index == len(self.seen[one.request_id])
@@ -139,10 +183,18 @@ class Lives(RuleBasedStateMachine):
         for each in self.alive.values():
             timeout_s = each.options.timeout_s
             assert timeout_s is None or each.arrival + timeout_s > self.now
+        assert scheduler.stats.output_tokens == self.sampled
+        assert scheduler.stats.prompt_tokens == self.prompted
         self.check()
 
     def compute(self, output: SchedulerOutput) -> None:
         """Play the model: write what every row leaves, then read what it sees."""
+        for each in output.profiles:
+            self.tables[each.row] = (each.scaling, each.num_positions)
+        for item in output.scheduled:
+            scaling, extent = self.tables[item.request.profile]
+            assert scaling == item.request.scaling == expected_scaling(item.request)
+            assert item.position + item.num_tokens <= extent
         for item in output.scheduled:
             assert item.start == item.request.num_computed_tokens
             for step in range(item.num_tokens):
@@ -162,24 +214,40 @@ class Lives(RuleBasedStateMachine):
 
     def check_nobody_waits_in_vain(self, output: SchedulerOutput) -> None:
         """Whoever is first in the queue lacks pages, a row, budget or, pinned, its quota."""
-        config = self.scheduler.config
-        if output.alone or any(each.suspect for each in self.alive.values()):
+        scheduler, config = self.scheduler, self.scheduler.config
+        if output.alone:
             return
+        for each in self.alive.values():
+            if each.suspect and scheduler._fits_beside_pinned(each):
+                # It is next, alone; the others wait for it until a row or pages are free.
+                assert (
+                    scheduler.tables.missing(each) > self.pool.num_free
+                    or scheduler.stats.running == config.max_num_seqs
+                    or not self.profiles.has_room(each)
+                )
+                return
         if output.num_tokens == config.max_num_batched_tokens:
             return
-        if self.scheduler.stats.running == config.max_num_seqs:
+        if scheduler.stats.running == config.max_num_seqs:
             return
-        assert output.scheduled or not self.scheduler.has_unfinished
-        quota_fits = True
-        for request in self.scheduler._waiting:
-            if self.scheduler._must_pin(request):
-                quota_fits = quota_fits and self.scheduler._quotas_fit(request)
+        assert output.scheduled or not scheduler.has_unfinished
+        quota_fits = row_left = True
+        for request in scheduler._waiting:
+            if request.suspect:
+                continue
+            if not self.profiles.is_own(request):
+                row_left = row_left and self.profiles.has_room(request)
+                if not row_left:  # those of the model's own rotation may pass
+                    continue
+            if scheduler._must_pin(request):
+                quota_fits = quota_fits and scheduler._quotas_fit(request)
                 if not quota_fits:  # others may pass
                     continue
-            pages = self.scheduler._known_pages(request)
-            missing = self.scheduler._missing_blocks(request) - len(pages)
+            pages = scheduler.tables.known_pages(request)
+            missing = scheduler.tables.missing(request) - len(pages)
             assert missing > self.pool.num_free_without(pages)
-            return
+            if scheduler._fits_beside_pinned(request):
+                return  # it is next: those behind it wait
 
     def check(self) -> None:
         """Every block is free or held, exactly as the tables say; nobody holds more than needed."""
@@ -201,8 +269,12 @@ class Lives(RuleBasedStateMachine):
             assert held_tokens < each.num_tokens + SIZE
             if each.window is not None:
                 assert len(each.block_table) <= WINDOW.num_blocks
-            pinned += self.scheduler._quota(each) if each.pinned else 0
+            pinned += self.scheduler.tables.quota(each) if each.pinned else 0
         assert pinned <= self.pool.num_blocks
+        running = [each for each in self.alive.values() if each.status is RequestStatus.RUNNING]
+        rows = {each.profile: each.scaling for each in running}
+        assert all(rows[each.profile] == each.scaling for each in running)
+        assert self.profiles.num_in_force == len({0, *rows})
 
     def teardown(self) -> None:
         """Everything ends, and nothing is left."""
@@ -217,6 +289,26 @@ class Lives(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_blocks
         assert self.scheduler._deadlines == []
         assert self.scheduler._suspects == []
+        assert self.profiles.num_in_force == 1
+        assert self.scheduler._scores == {}
+
+
+def expected_scaling(request: Request) -> RopeScaling:
+    """By the length alone, whatever happened before."""
+    length = request.num_tokens
+    if request.window is not None:
+        length = min(length, WINDOW.num_blocks * SIZE)
+    return (request.params.rope or OWN).in_force(length, TRAINED)
+
+
+def scored(item: ScheduledRequest) -> list[TokenLogprobs]:
+    """Play the runner: what is wanted behind the rows of this step, each known by its token."""
+    targets, row = item.request.targets, item.request.next_scored
+    if targets is None or row is None:
+        return []
+    assert row >= item.start, "a row that is to be scored was taken from the cache"
+    end = max(0, item.start + item.num_tokens - targets.first)
+    return [TokenLogprobs(each, []) for each in targets.token_ids[row - targets.first : end]]
 
 
 def what(request: Request, index: int) -> object:

@@ -15,9 +15,10 @@ from engine.model.attention.cpu import CPUBackend
 from engine.model.attention.plain import TorchBackend
 from engine.model.attention.reference import ReferenceBackend
 from engine.model.library import supported_variants
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
+from engine.scaling import UNSCALED, RopeScaling
 
-MakeBackend = Callable[[ModelConfig, RotaryTable, KVCache], AttentionBackend]
+MakeBackend = Callable[[ModelConfig, ProfileTables, KVCache], AttentionBackend]
 Chunk = tuple[int, int, int]
 """A sequence and its positions first .. end - 1."""
 
@@ -33,7 +34,7 @@ def make_backend(request: pytest.FixtureRequest) -> MakeBackend:
         "attention"
     ):  # nothing compiled: an error, not a skip
         pytest.skip(f"this machine has no {request.param}")
-    return lambda config, table, cache: CPUBackend(config, table, cache, variant=request.param)
+    return lambda config, tables, cache: CPUBackend(config, tables, cache, variant=request.param)
 
 
 def attention_config(num_heads: int, head_dim: int, rotary_dim: int) -> ModelConfig:
@@ -59,6 +60,9 @@ class Sequences:
     qkv: tuple[Tensor, ...]
     tables: tuple[list[int], ...]
     shift: int = 0  # what is added to every base and position
+    scalings: tuple[RopeScaling, ...] = (UNSCALED,)  # by row of the profiles
+    profiles: tuple[int, ...] = ()  # by sequence; none: all have row 0
+    learned: Tensor | None = None
 
     @classmethod
     def random(
@@ -88,7 +92,13 @@ class Sequences:
         cache = KVCache.allocate(self.config, self.num_blocks, self.block_size, dtype)
         for pages in (*cache.keys, *cache.values):
             pages.fill_(stale)
-        return make(self.config, RotaryTable.for_model(self.config), cache)
+        tables = ProfileTables(
+            self.config, self.block_size, num_rows=len(self.scalings), learned=self.learned
+        )
+        backend = make(self.config, tables, cache)
+        for row, scaling in enumerate(self.scalings):
+            backend.put_profile(row, scaling, self.config.max_position)
+        return backend
 
     def reference(self) -> AttentionBackend:
         return self.build(ReferenceBackend)
@@ -119,6 +129,10 @@ class Sequences:
             block_tables=tables,
             bases=bases,
             num_blocks=torch.tensor(counts, dtype=torch.int32),
+            profiles=torch.tensor(
+                [self.profiles[seq] if self.profiles else 0 for seq, _, _ in chunks],
+                dtype=torch.int32,
+            ),
         )
 
     def whole(self) -> list[Chunk]:
