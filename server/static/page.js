@@ -203,6 +203,7 @@ function fieldOf(name, profile) {
 // --- tokens -------------------------------------------------------------------------------------
 
 const shown = new WeakMap(); // element of a token -> the event's data
+let explained = null; // the element that the tip is about
 
 function tokenElement(token, index) {
   const element = document.createElement("span");
@@ -247,13 +248,20 @@ function explain(element) {
   }
   tip.replaceChildren(table);
   tip.hidden = false;
-  const [place] = element.getClientRects();
+  explained?.removeAttribute("aria-describedby");
+  explained = element;
+  explained.setAttribute("aria-describedby", tip.id);
+  placeTip();
+}
+
+/** Below the token where there is room, else above. */
+function placeTip() {
+  const [place] = explained.getClientRects();
   const { width, height } = tip.getBoundingClientRect();
   const below = place.bottom + 6;
   const fits = below + height < innerHeight;
   tip.style.left = `${Math.max(8, Math.min(place.left, innerWidth - width - 8))}px`;
   tip.style.top = `${fits ? below : Math.max(8, place.top - height - 6)}px`;
-  element.setAttribute("aria-describedby", tip.id);
 }
 
 function hideTip() {
@@ -264,7 +272,7 @@ for (const kind of ["pointerover", "focusin"]) {
   $("runs").addEventListener(kind, ({ target }) => (shown.has(target) ? explain(target) : hideTip()));
 }
 for (const kind of ["pointerleave", "focusout"]) $("runs").addEventListener(kind, hideTip);
-addEventListener("scroll", hideTip, { capture: true, passive: true });
+addEventListener("scroll", () => (explained === document.activeElement && !tip.hidden ? placeTip() : hideTip()), { capture: true, passive: true });
 
 const MOVES = {
   ArrowRight: (tokens, at) => tokens[at + 1],
@@ -339,7 +347,7 @@ function plot() {
     draw("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick) });
     draw("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick);
   }
-  for (const tick of ticks(from, to, width / 90)) {
+  for (const tick of ticks(from, to, width / 70)) {
     draw("text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, tick);
   }
   for (const { run, start, values } of drawn) {
@@ -383,7 +391,7 @@ async function generate() {
   if (running) return;
   clearFaults();
   hideTip();
-  const sampling = filled("#settings :not(.rotation) > * > [name], #settings :not(.rotation) > [name]").filter(([name]) => !name.startsWith("rope."));
+  const sampling = filled("#settings fieldset:not(.rotation) [name]");
   const fields = [["prompt", JSON.stringify(promptBox.value)], ...sampling, ...seedPair(), ["logprobs", ALTERNATIVES]];
   runs = (comparing() ? ["a", "b"] : ["a"]).map((profile) => new Run(profile, fields));
   $("runs").replaceChildren(...runs.map((run) => run.element));
