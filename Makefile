@@ -84,10 +84,14 @@ docker-proof: ## build the Dockerfile without Docker and try the image (root; AR
 package-proof: $(VENV)/.dev ## build sdist and wheel, install and serve them from a clean environment
 	$(BIN)/python -m proofs.package $(ARGS)
 
+ray-proof: $(VENV)/.dev ## two replicas on Ray: one killed, both replaced, under load; routing measured
+	$(BIN)/pip install --quiet --editable ".[ray]"
+	$(BIN)/python -m proofs.replicas
+
 # Where PyTorch's CPU wheels are for uv: their index, or a folder (LOCK_TORCH="--find-links DIR").
 LOCK_TORCH ?= --index $(TORCH_INDEX) --index-strategy unsafe-best-match
 LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
-  --generate-hashes --no-header --no-emit-find-links --custom-compile-command "make lock"
+  --generate-hashes --no-emit-find-links --custom-compile-command "make lock"
 
 lock: $(VENV)/.created ## locks/cpu.txt and locks/cuda.txt: every package with its hashes
 	$(BIN)/pip install --quiet uv

@@ -368,9 +368,15 @@ def verdict(rounds: Sequence[Round], exit_status: int) -> list[str]:
 
 
 async def run(
-    model: Path, dtype: str, threads: int, port: int, plan: Plan, progress: Callable[[], None]
+    model: Path,
+    dtype: str,
+    threads: int,
+    port: int,
+    plan: Plan,
+    progress: Callable[[], None],
+    tell: Callable[[Round], None],
 ) -> dict[str, Any]:
-    """Runs alone, then the rounds, then SIGTERM."""
+    """Runs alone, then the rounds, then SIGTERM. tell: called with each round as it ends."""
     llm = LLM(
         model,
         dtype=dtype,  # type: ignore[arg-type]  # checked by LLM
@@ -398,6 +404,7 @@ async def run(
             tasks = (await server.metrics(session))["event_loop_tasks"]
         for number in range(plan.rounds):
             rounds.append(await play(server, plan, number, bodies, alone, tasks))
+            tell(rounds[-1])
             progress()
         exit_status = await server.stop(RECOVERY_SECONDS)
     reasons = verdict(rounds, exit_status)
@@ -447,10 +454,18 @@ def chaos(
     """
     plan = Plan(streams, rounds, kills, seed, prompt_tokens, output_tokens, max_num_seqs)
     console = Console(stderr=True)
+
+    def tell(each: Round) -> None:
+        console.print(
+            f"{each.seconds:g} s: {each.done} done, {each.disconnected} left, {each.kills} kills, "
+            f"{len(each.faults)} faults, {sum(each.left.values()):g} things left, "
+            f"{each.footprint.http_mib} + {each.footprint.engine_mib} MiB"
+        )
+
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("alone, then together", total=streams + rounds)
         document = asyncio.run(
-            run(model, dtype, threads, free_port(), plan, lambda: bar.advance(task))
+            run(model, dtype, threads, free_port(), plan, lambda: bar.advance(task), tell)
         )
     text = json.dumps(document, indent=2)
     print(text)

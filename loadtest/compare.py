@@ -123,7 +123,8 @@ def offline_peers(
     if huggingface.INSTALLED:
         model = huggingface.load(files.neox, each.dtype)
         present.append(huggingface.Generate(model, each.threads, sizes.vocab_size))
-        present.append(huggingface.ContinuousBatching(model, each.threads))
+        most = max(each.streams)
+        present.append(huggingface.ContinuousBatching(model, each.threads, most, each.context))
     else:
         absent.append(Absent("transformers", "pip install transformers"))
     return present, absent

@@ -11,7 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -20,7 +23,11 @@ from loadtest.client import Unmeasurable, session
 
 READY_SECONDS = 300.0
 STOP_SECONDS = 30.0
+OTHER_FILES = 200
 PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
+
+
+resource: Any = import_module("resource") if find_spec("resource") else None
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,21 @@ class Server:
             match = PEAK.search(status)
             total += 1024 * int(match[1]) if match else 0
         return total
+
+
+def allow_connections(count: int) -> None:
+    """Let this process and the servers it starts hold so many, besides their other files.
+
+    Raises Unmeasurable where the system forbids it.
+    """
+    if resource is None:  # a system without such limits
+        return
+    needed = count + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise Unmeasurable(f"{needed} open files are needed, the limit is {hard} (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def free_port() -> int:

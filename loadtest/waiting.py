@@ -17,7 +17,7 @@ from loadtest.gauges import read_gauges
 from loadtest.machine import Machine, Others
 from loadtest.report import Column, document
 from loadtest.roofline import Sizes, decode_limit
-from loadtest.servers import ropeway
+from loadtest.servers import allow_connections, ropeway
 from loadtest.workload import Measured, Workload
 
 COLUMNS: Sequence[Column] = (
@@ -70,8 +70,8 @@ class Queue:
                 for each in (*streams, *waiting):
                     each.cancel()
                 await asyncio.gather(*streams, *waiting, return_exceptions=True)
-        while (await read_gauges(url))["num_requests_running"]:
-            await asyncio.sleep(POLL_SECONDS)
+            # served after those who left are gone, so that the next run finds an empty server
+            await stream(http, url, ROPEWAY, queued[0], 2, lambda _: None)
         begin = max(times[half] for times in running.arrivals.values())
         end = min(times[-1] for times in running.arrivals.values())
         if full > begin:
@@ -114,6 +114,7 @@ def measure(
     options = ["--dtype", sizes.dtype, "--max-num-seqs", str(streams)]
     options += ["--max-queue", str(max(1, *queues) + streams)]
     options += ["--threads", str(threads)] if threads is not None else []
+    allow_connections(streams + max(queues))
     with ropeway(model, options) as server:
         for repeat in range(repeats + 1):
             for place, count in enumerate(queues if repeat % 2 else reversed(queues)):

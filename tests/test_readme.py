@@ -67,6 +67,7 @@ class Toy:
             ["bash", "-c", command],
             cwd=ROOT,
             env=self.env,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,

@@ -7,6 +7,7 @@ residuals are part of the products, the residual stream is float32, and so are t
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +57,25 @@ class FusedBlock(nn.Module):
         return done
 
 
-def fuse(model: GPT2, quantize: Quantize = "none", variant: str | None = None) -> None:
+def fuse(model: GPT2, quantize: Quantize = "none", variant: str | None = None) -> str:
     """Replace the layers of a loaded model, in place; it can no longer be trained.
 
     The last norm becomes part of the head, which so returns float32 logits of the rows that it is
-    given. variant: as for KernelLinear. Raises KernelUnavailableError before anything is changed.
+    given. variant: as for KernelLinear; returns the one in use. Raises KernelUnavailableError before
+    anything is changed.
     """
-    load_kernel("linear", [], variant)
+    chosen, _ = load_kernel("linear", [], variant)
     memory = WeightMemory()
     weight_format = None if quantize == "none" else quantize
     product = partial(KernelLinear, memory=memory, weight_format=weight_format, variant=variant)
     wide = torch.float32
-    model.head = product(model.head, norm=model.norm, in_dtype=wide, out_dtype=wide)
-    model.norm = nn.Identity()
-    model.embedding = WideEmbedding(model.embedding.weight.detach())
-    for layer, block in enumerate(model.blocks):
-        model.blocks[layer] = FusedBlock(block, product)  # and the layer's own weights are freed
+    head = product(model.head, norm=model.norm, in_dtype=wide, out_dtype=wide)
+    model.add_module("head", head)
+    model.add_module("norm", nn.Identity())
+    model.add_module("embedding", WideEmbedding(model.embedding.weight.detach()))
+    for layer, block in enumerate(model.blocks):  # one by one: each frees the weights it replaces
+        model.blocks[layer] = FusedBlock(cast(Block, block), product)
+    return chosen
 
 
 def prepare(model: GPT2, quantize: Quantize = "none") -> str:
@@ -81,7 +85,7 @@ def prepare(model: GPT2, quantize: Quantize = "none") -> str:
     ConfigError where quantized weights are asked for and there is no kernel for them.
     """
     try:
-        fuse(model, quantize)
+        variant = fuse(model, quantize)
     except KernelUnavailableError as error:
         if quantize != "none":
             raise ConfigError(
@@ -89,4 +93,4 @@ def prepare(model: GPT2, quantize: Quantize = "none") -> str:
             ) from error
         pack(model)
         return f"torch ({error})"
-    return f"cpu-{model.head.variant}, {model.head.weight_format}"
+    return f"cpu-{variant}" if quantize == "none" else f"cpu-{variant}, {quantize}"

@@ -43,7 +43,7 @@ namespace {
 
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_BLOCK = 64;
-constexpr int TILE_ROWS = 4;   // rows that share each load of a key or value
+constexpr int TILE_ROWS = REGISTERS == 32 && LANES == 16 ? 6 : 4;  // that share each load
 constexpr int SLAB_ROWS = 64;  // rows that share each visit to a page
 constexpr int ROWS_AHEAD = 4;  // rows of qkv are far apart: ask for them early
 constexpr float MINUS_INFINITY = -__builtin_inff();
@@ -185,7 +185,7 @@ struct Turns {  // of queries, by distance
 // ROWS consecutive positions, the first of them `distance` after the page's base, see one page.
 template <int ROWS, class T>
 inline void attend_tile(Turns turns, Page<T> page, int distance, Rows rows) {
-    constexpr int COLS = smaller(MAX_BLOCK / LANES, REGISTERS / (2 * ROWS));  // half hold sums
+    constexpr int COLS = smaller(MAX_BLOCK / LANES, (REGISTERS - 8) / ROWS);  // 8 are not sums
     const int half = turns.half;
     alignas(64) Queries query[ROWS];
     alignas(64) Weights weights[ROWS];
@@ -202,13 +202,19 @@ inline void attend_tile(Turns turns, Page<T> page, int distance, Rows rows) {
     sum_values<ROWS, COLS>(page, slots, weights, decay, rows.out, 0);
 }
 
-// All rows of one head that see a page; row 0 is `distance` after its base.
+// Rows r and on of one head, in tiles of ROWS, then of half as many; row 0 is `distance` after the
+// page's base.
+template <int ROWS, class T>
+void attend_rows(Turns turns, Page<T> page, int distance, int r, int rows, Rows head) {
+    for (; r + ROWS <= rows; r += ROWS)
+        attend_tile<ROWS>(turns, page, distance + r, head.from(r, page.dim));
+    if constexpr (ROWS > 1) attend_rows<ROWS / 2>(turns, page, distance, r, rows, head);
+}
+
 template <class T>
 void attend_page(Turns turns, Page<T> page, int distance, int rows, Rows head) {
-    int r = larger(0, -distance);  // the rows before it stand before the page
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        attend_tile<TILE_ROWS>(turns, page, distance + r, head.from(r, page.dim));
-    for (; r < rows; ++r) attend_tile<1>(turns, page, distance + r, head.from(r, page.dim));
+    const int first = larger(0, -distance);  // the rows before it stand before the page
+    attend_rows<TILE_ROWS>(turns, page, distance, first, rows, head);
 }
 
 // ---- One item of work: some rows of a sequence, some heads --------------------------------------

@@ -58,7 +58,7 @@ def _logits(
     return [torch.cat(parts) for parts in rows]
 
 
-MAKE_READY: dict[str, Callable[[GPT2], None]] = {
+MAKE_READY: dict[str, Callable[[GPT2], object]] = {
     "packed": pack,
     "fused": fuse,
     "int8": partial(fuse, quantize="int8"),
@@ -66,7 +66,7 @@ MAKE_READY: dict[str, Callable[[GPT2], None]] = {
 
 
 @pytest.fixture(params=MAKE_READY)
-def make_ready(request: pytest.FixtureRequest) -> Callable[[GPT2], None]:
+def make_ready(request: pytest.FixtureRequest) -> Callable[[GPT2], object]:
     """Every way in which a model is served."""
     return MAKE_READY[request.param]
 
@@ -75,7 +75,7 @@ def make_ready(request: pytest.FixtureRequest) -> Callable[[GPT2], None]:
 @pytest.mark.parametrize(("plan", "threads"), [("chunks", 3), ("one by one", 1), ("in company", 2)])
 def test_logits_do_not_depend_on_how_the_work_is_cut(
     make_backend: MakeBackend,
-    make_ready: Callable[[GPT2], None],
+    make_ready: Callable[[GPT2], object],
     dtype: torch.dtype,
     plan: str,
     threads: int,
@@ -112,7 +112,7 @@ SWITCHES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize(("plan", "threads"), [("chunks", 3), ("in company", 2)])
 def test_with_every_switch(
-    make_ready: Callable[[GPT2], None], switches: str, dtype: torch.dtype, plan: str, threads: int
+    make_ready: Callable[[GPT2], object], switches: str, dtype: torch.dtype, plan: str, threads: int
 ) -> None:
     model = random_model(tiny_config(**SWITCHES[switches])).to(dtype)
     make_ready(model)

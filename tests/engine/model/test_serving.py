@@ -24,8 +24,8 @@ from tests.models import random_model, tiny_config
     [
         (torch.float32, "none", 1e-5),
         (torch.bfloat16, "none", 0.02),
-        (torch.float32, "int8", 0.04),
-        (torch.bfloat16, "int8", 0.04),
+        (torch.float32, "int8", 0.1),
+        (torch.bfloat16, "int8", 0.1),
     ],
 )
 def test_a_fused_model_computes_the_same(
@@ -60,5 +60,5 @@ def test_without_a_kernel_torch_serves_and_int8_is_refused(
 
 def test_the_products_are_named() -> None:
     best = library.supported_variants("linear")[0]
-    assert prepare(random_model(tiny_config())) == f"cpu-{best}, float32"
+    assert prepare(random_model(tiny_config())) == f"cpu-{best}"
     assert prepare(random_model(tiny_config()), "int8") == f"cpu-{best}, int8"
