@@ -176,12 +176,13 @@ class Run {
     if (error.status === 401) $("key").focus();
     if (!field) return;
     field.setAttribute("aria-invalid", "true");
-    const label = field.closest(".field");
-    if (label.querySelector(".fault")) return; // both answers have the same one
+    if (field.hasAttribute("aria-describedby")) return; // both answers have the same one
     const note = document.createElement("span");
     note.className = "fault";
+    note.id = `fault-${this.profile}`;
     note.textContent = error.message;
-    label.append(note);
+    field.setAttribute("aria-describedby", note.id);
+    field.closest(".field").after(note);
     $("settings").open ||= $("settings").contains(field);
     field.focus();
   }
@@ -372,7 +373,10 @@ $("window").addEventListener("change", redraw);
 const comparing = () => $("compare").checked;
 
 function clearFaults() {
-  for (const field of form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+  for (const field of form.querySelectorAll("[aria-invalid]")) {
+    field.removeAttribute("aria-invalid");
+    field.removeAttribute("aria-describedby");
+  }
   for (const note of form.querySelectorAll(".fault")) note.remove();
 }
 
