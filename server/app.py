@@ -23,7 +23,7 @@ from server.keys import KeyRing
 from server.limits import BodyLimit
 from server.logs import AccessLog
 from server.quota import Quota
-from server.routes import generate, openai, ops, score
+from server.routes import generate, openai, ops, page, score
 from server.service import Service
 from server.sessions import Sessions
 from server.settings import ServerSettings
@@ -93,6 +93,7 @@ def create_app(
     app.include_router(openai.router)
     app.include_router(score.router)
     app.include_router(ops.router)
+    page.install(app)
     errors.install(app)
     return app
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,13 +19,28 @@ from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
 from server.chat import ChatTemplate
+from server.conversation import Conversation
 from server.keys import KeyRing, new_key
 from server.listener import check_certificate, listen_all
+from server.options import (
+    FrequencyPenaltyOption,
+    IgnoreEosOption,
+    MinPOption,
+    PresencePenaltyOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    option,
+)
 from server.outcome import FAILED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
 from server.running import run
 from server.settings import LogFormat, LogLevel, ServerSettings
 from server.sizes import format_size, parse_size
+from server.talk import talk
 
 SCHEDULER = SchedulerConfig()
 SERVER = ServerSettings()
@@ -44,11 +59,6 @@ app = typer.Typer(
 def main() -> None:
     """The `ropeway` command."""
     app()
-
-
-def option(*names: str, **settings: Any) -> Any:
-    """An option; its environment variable works but would drown its help."""
-    return typer.Option(*names, show_envvar=False, **settings)
 
 
 def size_option(text: str) -> int:
@@ -284,32 +294,16 @@ def generate(
     max_tokens: Annotated[
         int, option(help="Tokens to generate; 0: as many as the context has room for.")
     ] = 128,
-    temperature: Annotated[
-        float, option(help="0 takes the likeliest token.")
-    ] = SAMPLING.temperature,
-    top_k: Annotated[int, option(help="Keep the k likeliest; 0: all.")] = SAMPLING.top_k,
-    top_p: Annotated[
-        float, option(help="Keep the likeliest tokens whose mass reaches p.")
-    ] = SAMPLING.top_p,
-    min_p: Annotated[
-        float, option(help="Keep tokens at least this much as likely as the likeliest.")
-    ] = SAMPLING.min_p,
-    repetition_penalty: Annotated[
-        float, option(help="Makes tokens that were there less likely.")
-    ] = SAMPLING.repetition_penalty,
-    presence_penalty: Annotated[
-        float, option(help="Subtracted once from tokens that the output has.")
-    ] = SAMPLING.presence_penalty,
-    frequency_penalty: Annotated[
-        float, option(help="Subtracted for each time that the output has a token.")
-    ] = SAMPLING.frequency_penalty,
-    seed: Annotated[int | None, option(help="Same seed, same text.")] = None,
-    stop: Annotated[
-        list[str] | None, option(help="Text that ends the output; may be repeated.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, option("--ignore-eos", help="Go on after the model's end token.")
-    ] = False,
+    temperature: TemperatureOption = SAMPLING.temperature,
+    top_k: TopKOption = SAMPLING.top_k,
+    top_p: TopPOption = SAMPLING.top_p,
+    min_p: MinPOption = SAMPLING.min_p,
+    repetition_penalty: RepetitionPenaltyOption = SAMPLING.repetition_penalty,
+    presence_penalty: PresencePenaltyOption = SAMPLING.presence_penalty,
+    frequency_penalty: FrequencyPenaltyOption = SAMPLING.frequency_penalty,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    ignore_eos: IgnoreEosOption = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = "none",
@@ -370,6 +364,64 @@ def key(
         secret, made = new_key(name, rate, concurrency)
     typer.echo(made.line)
     typer.echo(f"the key of {name}, which is shown only now: {secret}", err=True)
+
+
+@app.command()
+def chat(
+    *,
+    model: ModelOption = None,
+    max_tokens: Annotated[
+        int, option(help="Tokens of an answer; 0: as many as the context has room for.")
+    ] = 256,
+    temperature: TemperatureOption = SAMPLING.temperature,
+    top_k: TopKOption = SAMPLING.top_k,
+    top_p: TopPOption = SAMPLING.top_p,
+    min_p: MinPOption = SAMPLING.min_p,
+    repetition_penalty: RepetitionPenaltyOption = SAMPLING.repetition_penalty,
+    presence_penalty: PresencePenaltyOption = SAMPLING.presence_penalty,
+    frequency_penalty: FrequencyPenaltyOption = SAMPLING.frequency_penalty,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    ignore_eos: IgnoreEosOption = False,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
+    kv_memory: KvMemoryOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Talk with a model in the terminal, without a server; piped in, each line is a turn."""
+    directory = model_directory(model)
+    if sys.stdin is None:
+        fail("standard input is closed", MISUSED)
+    with reported():
+        tokenizer = Tokenizer.from_directory(directory)
+        template = ChatTemplate.from_directory(directory, tokenizer)
+        params = SamplingParams(
+            max_tokens=max_tokens or None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop=tuple(stop or template.stop),
+            ignore_eos=ignore_eos,
+        )
+        # This loads PyTorch, which the other commands do without.
+        from engine.llm import LLM  # noqa: PLC0415
+
+        llm = LLM(
+            directory,
+            device,
+            dtype,
+            kv_memory,
+            quantize=quantize,
+            threads=threads,
+            max_num_seqs=1,
+        )
+        talk(Conversation(llm, template, params))
 
 
 FORWARD = {
