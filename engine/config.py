@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from engine.checks import at_least, greater_than, one_of
 from engine.errors import ConfigError
+from engine.scaling import UNSCALED, RopeScaling
 
 Pairing = Literal["half", "interleaved"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2"]
 Norm = Literal["layernorm", "rmsnorm"]
 QKNorm = Literal["none", "before", "after"]
-ScalingType = Literal["default", "linear", "ntk", "dynamic", "yarn", "llama3", "xpos"]
-YarnRamp = Literal["dimension", "rotations"]
+LearnedFrequencies = Literal["none", "shared", "per_layer"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -29,27 +29,6 @@ SWITCHES = (
 """Settings of a model that are true or false."""
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ConfigError(f"{name} must be at least {least}, got {value}")
-
-
-def _greater_than(name: str, value: float, bound: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} must be finite, got {value}")
-    if not value > bound:
-        raise ConfigError(f"{name} must be greater than {bound}, got {value}")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A RoPE GPT-2, with everything that the shapes of its tensors cannot tell.
@@ -60,6 +39,10 @@ class ModelConfig:
     max_position: trained context, in tokens.
     rotary_dim: how many of head_dim's dimensions are rotated (even; the first ones).
     rope_base: inv_freq_i = rope_base^(-2i / rotary_dim)  (Su et al. 2021, arXiv 2104.09864, 3.2.2).
+    learned_frequencies: they are a tensor, `inv_freq`, [rotary_dim / 2] radians per token where
+    `shared` by all layers, [num_layers, rotary_dim / 2] where `per_layer`; rope_base is not used.
+    rope: a scaling that the model is served with, unless a request names another; as JSON, such as
+    {"type": "yarn", "factor": 4}.
     pairing: which dimensions of a stored checkpoint rotate together: in `half`
     (i, i + rotary_dim / 2), in `interleaved` (2i, 2i + 1). Inside the engine there is only `half`.
     rope_sign: 1, or -1 where a stored checkpoint was rotated by minus the angle; inside only 1.
@@ -81,6 +64,8 @@ class ModelConfig:
     max_position: int
     rotary_dim: int
     rope_base: float = 10_000.0
+    learned_frequencies: LearnedFrequencies = "none"
+    rope: RopeScaling = UNSCALED
     pairing: Pairing = "half"
     rope_sign: int = 1
     parallel_residual: bool = False
@@ -100,10 +85,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "num_heads", "hidden_size", "intermediate_size"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("padded_vocab_size", self.padded_vocab_size, self.vocab_size)
-        _at_least("max_position", self.max_position, 2)
-        _at_least("rotary_dim", self.rotary_dim, 2)
+            at_least(name, getattr(self, name), 1)
+        at_least("padded_vocab_size", self.padded_vocab_size, self.vocab_size)
+        at_least("max_position", self.max_position, 2)
+        at_least("rotary_dim", self.rotary_dim, 2)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size must be a multiple of num_heads ({self.num_heads}), "
@@ -114,17 +99,19 @@ class ModelConfig:
                 f"rotary_dim must be even and at most head_dim ({self.head_dim}), "
                 f"got {self.rotary_dim}"
             )
-        _greater_than("rope_base", self.rope_base, 1)
-        _greater_than("norm_eps", self.norm_eps, 0)
-        _one_of("pairing", self.pairing, get_args(Pairing))
-        _one_of("activation", self.activation, get_args(Activation))
-        _one_of("norm", self.norm, get_args(Norm))
-        _one_of("qk_norm", self.qk_norm, get_args(QKNorm))
+        greater_than("rope_base", self.rope_base, 1)
+        greater_than("norm_eps", self.norm_eps, 0)
+        one_of("pairing", self.pairing, get_args(Pairing))
+        one_of("learned_frequencies", self.learned_frequencies, get_args(LearnedFrequencies))
+        self.rope.check_model(self.rotary_dim, self.learned_frequencies != "none")
+        one_of("activation", self.activation, get_args(Activation))
+        one_of("norm", self.norm, get_args(Norm))
+        one_of("qk_norm", self.qk_norm, get_args(QKNorm))
         if isinstance(self.rope_sign, bool) or self.rope_sign not in (1, -1):
             raise ConfigError(f"rope_sign must be 1 or -1, got {self.rope_sign!r}")
         self._check_switches()
         if self.eos_token_id is not None:
-            _at_least("eos_token_id", self.eos_token_id, 0)
+            at_least("eos_token_id", self.eos_token_id, 0)
         if self.eos_token_id is not None and self.eos_token_id >= self.vocab_size:
             raise ConfigError(
                 f"eos_token_id must be below vocab_size ({self.vocab_size}), "
@@ -183,142 +170,16 @@ class ModelConfig:
             )
         if missing := sorted(known - optional - values.keys()):
             raise ConfigError(f"missing model settings: {', '.join(missing)}")
-        return cls(**values)
+        rope = values.get("rope", UNSCALED)
+        if isinstance(rope, Mapping):
+            rope = RopeScaling.from_dict(rope)
+        if not isinstance(rope, RopeScaling):
+            raise ConfigError(f"rope must be an object, got {rope!r}")
+        return cls(**{**values, "rope": rope})
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""
-        return asdict(self)
-
-
-# what each type of scaling may say, beside its type
-SCALING_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "ntk": ("factor",),
-    "dynamic": ("factor", "original_context"),
-    "yarn": (
-        "factor",
-        "original_context",
-        "beta_slow",
-        "beta_fast",
-        "truncate",
-        "ramp",
-        "attention_factor",
-    ),
-    "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
-    "xpos": ("factor", "scale_base"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How a model's rotation is stretched over more positions than it was trained for.
-
-    type: the formula; engine/model/rope.py computes it and docs/rope.md explains it.
-    factor: how many times the context grows, at least 1.
-    original_context: the context before scaling, tokens; None: the model's max_position.
-    yarn: frequencies that turn more than beta_fast times in the original context are kept, those
-    that turn less than beta_slow times are divided by factor. ramp, between the two: `dimension` is
-    linear in the index of the pair, as in the authors' code and in every published checkpoint, with
-    bounds rounded outwards if truncate; `rotations` is linear in the number of turns, as in the
-    paper. attention_factor multiplies queries and keys; None: 0.1 ln(factor) + 1.
-    llama3: the same with high_freq_factor and low_freq_factor, `rotations`, no attention factor.
-    xpos: scale_base, the distance in tokens over which a query shrinks by zeta; factor is linear.
-    Raises ConfigError, also for an option that the type does not have.
-    """
-
-    type: ScalingType = "default"
-    factor: float = 1.0
-    original_context: int | None = None
-    beta_slow: float = 1.0
-    beta_fast: float = 32.0
-    truncate: bool = True
-    ramp: YarnRamp = "dimension"
-    attention_factor: float | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    scale_base: float = 512.0
-
-    def __post_init__(self) -> None:
-        _one_of("rope.type", self.type, get_args(ScalingType))
-        for field in fields(self):
-            if field.name != "type" and field.name not in SCALING_OPTIONS[self.type]:
-                self._refuse_unless_default(field.name, field.default)
-        _greater_than("rope.factor", self.factor, 0)
-        if self.factor < 1:
-            raise ConfigError(f"rope.factor must be at least 1, got {self.factor}")
-        if self.original_context is not None:
-            _at_least("rope.original_context", self.original_context, 2)
-        _greater_than("rope.beta_slow", self.beta_slow, 0)
-        _greater_than("rope.beta_fast", self.beta_fast, self.beta_slow)
-        if not isinstance(self.truncate, bool):
-            raise ConfigError(f"rope.truncate must be true or false, got {self.truncate!r}")
-        _one_of("rope.ramp", self.ramp, get_args(YarnRamp))
-        if self.attention_factor is not None:
-            _greater_than("rope.attention_factor", self.attention_factor, 0)
-        _greater_than("rope.low_freq_factor", self.low_freq_factor, 0)
-        _greater_than("rope.high_freq_factor", self.high_freq_factor, self.low_freq_factor)
-        _greater_than("rope.scale_base", self.scale_base, 0)
-
-    def _refuse_unless_default(self, name: str, default: Any) -> None:
-        if getattr(self, name) != default:
-            raise ConfigError(_no_such_option(self.type, name))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
-        """Build from JSON, such as {"type": "ntk", "factor": 4}; ConfigError as above."""
-        kind = values.get("type")
-        if not isinstance(kind, str):
-            raise ConfigError(
-                f"rope.type must be one of {', '.join(SCALING_OPTIONS)}; got {kind!r}"
-            )
-        _one_of("rope.type", kind, get_args(ScalingType))
-        for name in values:
-            if name != "type" and name not in SCALING_OPTIONS[kind]:
-                raise ConfigError(_no_such_option(kind, name))
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON that from_dict reads: the type and its own options."""
-        return {name: getattr(self, name) for name in ("type", *SCALING_OPTIONS[self.type])}
-
-    def check_model(self, rotary_dim: int, learned_frequencies: bool) -> None:
-        """ConfigError, with the reason, if a model cannot be rotated like this."""
-        if self.type in ("ntk", "dynamic", "yarn") and learned_frequencies:
-            raise ConfigError(
-                f"rope.type {self.type} changes the base that frequencies are powers of, and this "
-                "model's were learned: they have none; linear and llama3 work on any frequencies"
-            )
-        if self.type in ("ntk", "dynamic") and rotary_dim < 4:
-            raise ConfigError(
-                f"rope.type {self.type} needs a rotary_dim of at least 4, got {rotary_dim}"
-            )
-
-    def in_force(self, num_tokens: int, trained_context: int) -> RopeScaling:
-        """The fixed scaling that a sequence of num_tokens is computed with.
-
-        `dynamic` becomes `ntk`: the length is rounded up to the original context times 2^k, and
-        the base's factor is factor * 2^k - (factor - 1), Hugging Face's formula. Every other type
-        is itself. So two lengths may share cached keys exactly where this gives equal values.
-        """
-        if self.type != "dynamic":
-            return self
-        original = self.original_context or trained_context
-        steps = -(-num_tokens // original)
-        stretch = 1 << max(steps - 1, 0).bit_length()
-        if stretch == 1:
-            return RopeScaling()
-        return RopeScaling(type="ntk", factor=self.factor * stretch - (self.factor - 1))
-
-    def context(self, trained_context: int) -> int:
-        """The longest sequence under this scaling, tokens."""
-        original = self.original_context or trained_context
-        return max(trained_context, int(original * self.factor))
-
-
-def _no_such_option(kind: str, name: str) -> str:
-    options = ", ".join(SCALING_OPTIONS[kind]) or "none"
-    return f"rope.{name} is not an option of type {kind}; its options: {options}"
+        return asdict(self) | {"rope": self.rope.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +194,7 @@ class CacheConfig:
         if self.block_size not in (16, 32, 64):
             raise ConfigError(f"block_size must be 16, 32 or 64, got {self.block_size}")
         if self.kv_memory is not None:
-            _at_least("kv_memory", self.kv_memory, 1)
+            at_least("kv_memory", self.kv_memory, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,18 +204,22 @@ class SchedulerConfig:
     priority_seconds: a request starts as if it had come so much earlier for each point of its
     priority. So it goes before others, but only for a time, and nothing waits for ever.
     max_preemptions: a request that was put back so often runs to its end the next time.
+    max_profiles: rotation profiles in force at once, the model's own among them; a request with
+    another one waits.
     """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     priority_seconds: float = 10.0
     max_preemptions: int = 3
+    max_profiles: int = 8
 
     def __post_init__(self) -> None:
-        _at_least("max_num_seqs", self.max_num_seqs, 1)
-        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
-        _greater_than("priority_seconds", self.priority_seconds, 0)
-        _at_least("max_preemptions", self.max_preemptions, 0)
+        at_least("max_num_seqs", self.max_num_seqs, 1)
+        at_least("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs)
+        greater_than("priority_seconds", self.priority_seconds, 0)
+        at_least("max_preemptions", self.max_preemptions, 0)
+        at_least("max_profiles", self.max_profiles, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +241,7 @@ class EngineConfig:
     unused_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, get_args(Device))
-        _one_of("dtype", self.dtype, get_args(DType))
+        one_of("device", self.device, get_args(Device))
+        one_of("dtype", self.dtype, get_args(DType))
         if self.threads is not None:
-            _at_least("threads", self.threads, 1)
+            at_least("threads", self.threads, 1)

@@ -32,9 +32,10 @@ from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
 from engine.model.linear import pack
 from engine.model.loader import load_model, read_config, stored_dtypes
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.profiles import OWN, ProfileRows
 from engine.scheduling.scheduler import Scheduler
 
 MISCONFIGURED = 2
@@ -86,7 +87,7 @@ def num_cache_blocks(
                 f"({size} bytes), got {cache.kv_memory}"
             )
         return cache.kv_memory // size
-    per_sequence = -(-model.max_position // cache.block_size)
+    per_sequence = -(-model.rope.context(model.max_position) // cache.block_size)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -146,13 +147,21 @@ class EngineCore:
         except RuntimeError as error:
             size = num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype)
             raise ConfigError(f"kv_memory: {size} bytes cannot be had: {error}") from error
-        table = RotaryTable.for_model(model.config).to(device)
-        backend = select_backend(model.config, table, cache)
-        self._pool = BlockPool(num_blocks, block_size)
-        self._scheduler = Scheduler(config.scheduler, self._pool)
-        batch = InputBatch(
-            config.scheduler.max_num_seqs, self._pool.blocks_for(model_config.max_position)
+        tables = ProfileTables(
+            model.config,
+            block_size,
+            num_rows=config.scheduler.max_profiles,
+            learned=model.inv_freq,
+            device=device,
         )
+        backend = select_backend(model.config, tables, cache)
+        context, rope = model_config.max_position, model_config.rope
+        backend.put_profile(OWN, rope.in_force(1, context), block_size)
+        self._pool = BlockPool(num_blocks, block_size)
+        profiles = ProfileRows(rope, context, config.scheduler.max_profiles)
+        self._scheduler = Scheduler(config.scheduler, self._pool, profiles=profiles)
+        max_blocks = self._pool.blocks_for(rope.context(context))
+        batch = InputBatch(config.scheduler.max_num_seqs, min(max_blocks, num_blocks))
         sampler = Sampler(model_config.vocab_size, unsampled_ids(model_config, config))
         self._runner = ModelRunner(model, backend, sampler, batch)
         self._runner.warm_up((1, 2, 8, 64))
@@ -165,7 +174,11 @@ class EngineCore:
             num_blocks=num_blocks,
             block_size=block_size,
             kv_bytes=num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype),
-            max_position=model_config.max_position,
+            max_position=context,
+            rope=rope,
+            rotary_dim=model_config.rotary_dim,
+            learned_frequencies=model_config.learned_frequencies != "none",
+            max_profiles=config.scheduler.max_profiles,
             eos_token_id=model_config.eos_token_id,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

@@ -44,6 +44,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         block_size: int = 64,
+        max_profiles: int = SchedulerConfig().max_profiles,
     ) -> None:
         """kv_memory: bytes for the cache. Raises CheckpointError, TokenizerError or ConfigError."""
         self.tokenizer = Tokenizer.from_directory(Path(model_dir))
@@ -55,7 +56,9 @@ class LLM:
                 threads=threads,
                 cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
                 scheduler=SchedulerConfig(
-                    max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max_num_batched_tokens,
+                    max_profiles=max_profiles,
                 ),
                 num_token_ids=len(self.tokenizer),
                 unused_token_ids=tuple(self.tokenizer.unused_ids),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Window
+from engine.scaling import UNSCALED, RopeScaling
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -74,7 +76,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
 class EngineStats(msgspec.Struct, frozen=True):
     """The core's gauges and counters, as of the last step.
 
-    blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. prefix_queries:
+    blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. profiles:
+    rotations in force, the model's own among them. prefix_queries:
     tokens of the prompts that began; prefix_hits: those of them that were cached.
     """
 
@@ -83,6 +86,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     blocks_total: int = 0
     blocks_free: int = 0
     blocks_cached: int = 0
+    profiles: int = 1
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
@@ -101,6 +105,9 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Core to frontend: the model is loaded and can serve; the sizes that were settled.
 
+    max_position: the trained context; rope: the model's own scaling of it; max_profiles: how many
+    rotations can be in force at once, that one among them.
+
     suspects: requests that the engine process before this one computed when it died; poisoned: one
     that was a suspect already, and was computed alone.
     """
@@ -118,9 +125,18 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     threads: int
+    rope: RopeScaling = UNSCALED
+    rotary_dim: int = 0
+    learned_frequencies: bool = False
+    max_profiles: int = 1
     notes: list[str] = []
     suspects: list[str] = []
     poisoned: list[str] = []
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence, unless a request asks for another rotation."""
+        return self.rope.context(self.max_position)
 
 
 ToCore = AddRequest | AbortRequest | Hello
@@ -143,16 +159,27 @@ class ScheduledRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileRow:
+    """A row of the table of profiles: a scaling in force, over num_positions or more."""
+
+    row: int
+    scaling: RopeScaling
+    num_positions: int
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """One step's work.
 
-    released: requests whose rows the runner may forget; alone: the step tries a suspect.
+    released: requests whose rows the runner may forget; alone: the step tries a suspect. profiles:
+    what the tables of rotations must hold before it.
     """
 
     scheduled: list[ScheduledRequest]
     released: list[str]
     num_tokens: int
     alone: bool = False
+    profiles: Sequence[ProfileRow] = ()
 
 
 @dataclass(frozen=True, slots=True)

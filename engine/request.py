@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import msgspec
 
-from engine.errors import InvalidRequest
+from engine.errors import ConfigError, InvalidRequest
+from engine.scaling import MAX_CONTEXT, UNSCALED, RopeScaling
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -59,6 +61,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens          None: as many as the context has room for
     ignore_eos          go on after the model's end token
     logprobs            None: none; k: the token's log-probability and the k likeliest (0 to 20)
+    rope                the rotation profile, instead of the model's own; the context follows its
+                        factor. A RopeScaling, or what RopeScaling.from_dict reads
 
     Filters apply in the order penalties, temperature, top_k, top_p, min_p. Log-probabilities are
     the model's own, before any of them.
@@ -77,6 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    rope: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # one text is meant, not its characters
@@ -99,6 +104,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_integer(self, "logprobs", 0, MAX_LOGPROBS)
         self._check_stop_strings()
         self._check_stop_token_ids()
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        if isinstance(self.rope, Mapping):
+            try:
+                rope = RopeScaling.from_dict(self.rope)
+            except ConfigError as error:
+                raise no_such_rotation(error) from error
+            msgspec.structs.force_setattr(self, "rope", rope)
+        elif self.rope is not None and not isinstance(self.rope, RopeScaling):
+            raise InvalidRequest(f"rope must be a RopeScaling, got {self.rope!r}", "rope")
 
     def _check_stop_token_ids(self) -> None:
         if not isinstance(self.stop_token_ids, tuple | list):
@@ -131,6 +147,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, whatever the random numbers say."""
         return self.temperature == 0.0
+
+
+def no_such_rotation(error: ConfigError) -> InvalidRequest:
+    """What is wrong with a request's `rope`; the message begins with the field's name."""
+    message = str(error)
+    return InvalidRequest(message, message.split(" ", 1)[0])
 
 
 def _check_number(
@@ -243,10 +265,13 @@ class Request:
         "params",
         "pinned",
         "prefix",
+        "profile",
         "request_id",
+        "scaling",
         "scheduled",
         "seed",
         "status",
+        "steady_until",
         "stop_token_ids",
         "suspect",
         "token_ids",
@@ -278,6 +303,9 @@ class Request:
         num_remembered_blocks pages of the table are known to that cache under the number `prefix`,
         None where they cannot be.
 
+        scaling: the rotation in force while it runs, at the row `profile` of the engine's tables,
+        until its span is more than steady_until.
+
         turn: where it stands in the queue, least first; its second part numbers the arrivals.
         pinned: it runs and may not be preempted. suspect: an engine died while it computed this
         one, among others perhaps; so it runs alone until its next token.
@@ -300,7 +328,10 @@ class Request:
         self.num_cached_tokens = 0
         self.num_dropped_blocks = 0
         self.num_remembered_blocks = 0
-        self.prefix: int | tuple[int, str] | None = self.origin
+        self.scaling = UNSCALED
+        self.profile = 0
+        self.steady_until = MAX_CONTEXT
+        self.prefix: int | tuple[RopeScaling, str] | None = None
         self.num_preemptions = 0
         self.turn = (arrival, 0)
         self.pinned = False
@@ -309,14 +340,21 @@ class Request:
         self.bases: list[int] = []
 
     @property
-    def origin(self) -> tuple[int, str]:
-        """What its prefixes begin with: the rotation profile (one so far) and the salt."""
-        return (0, self.options.cache_salt)
+    def origin(self) -> tuple[RopeScaling, str]:
+        """What its prefixes begin with: the rotation in force and the salt."""
+        return (self.scaling, self.options.cache_salt)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output so far."""
         return len(self.token_ids)
+
+    @property
+    def span(self) -> int:
+        """Positions that its tokens stand at, or stood before the first shift."""
+        if self.window is None:
+            return self.num_tokens
+        return min(self.num_tokens, self.window.num_blocks * self.window.block_size)
 
     @property
     def num_output_tokens(self) -> int:

@@ -121,6 +121,10 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, option(help="Tokens in one step, of prompts and outputs together.")
     ] = SCHEDULER.max_num_batched_tokens,
+    max_profiles: Annotated[
+        int,
+        option(help="Rotations in force at once (a request's `rope`), with the model's own."),
+    ] = SCHEDULER.max_profiles,
     max_queue: Annotated[
         int, option(min=0, help="Requests that may wait; beyond them the answer is 429.")
     ] = SERVER.max_queue,
@@ -150,7 +154,9 @@ def serve(
             threads=threads,
             cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
             scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_profiles=max_profiles,
             ),
             num_token_ids=len(tokenizer),
             unused_token_ids=tuple(tokenizer.unused_ids),

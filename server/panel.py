@@ -27,7 +27,7 @@ def _millions(count: int) -> str:
 def cache_line(ready: EngineReady) -> str:
     """The cache's size and what it means."""
     sequences = min(ready.max_num_seqs, ready.num_blocks)
-    length = min(ready.max_position, ready.num_blocks // sequences * ready.block_size)
+    length = min(ready.context, ready.num_blocks // sequences * ready.block_size)
     return (
         f"{ready.num_blocks:,} pages of {ready.block_size} tokens: "
         f"{sequences:,} sequences of {length:,} ({format_size(ready.kv_bytes)})"
@@ -44,7 +44,7 @@ def show(console: Console, ready: EngineReady, host: str, port: int, seconds: fl
     for name, value in (
         ("url", f"{url}{everywhere}"),
         ("model", f"{ready.model}, {_millions(ready.num_parameters)} parameters"),
-        ("context", f"{ready.max_position:,} tokens"),
+        ("context", f"{ready.context:,} tokens"),
         ("device", f"{ready.device}, {ready.dtype}, {ready.threads} threads"),
         ("attention", ready.attention),
         ("cache", cache_line(ready)),

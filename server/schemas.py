@@ -28,6 +28,7 @@ from engine.request import (
     RequestOptions,
     SamplingParams,
 )
+from engine.scaling import ScalingType, YarnRamp
 
 DEFAULTS = SamplingParams()
 OPTIONS = RequestOptions()
@@ -58,6 +59,26 @@ class RequestModel(BaseModel):
     """A body: what is not known is refused, never ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RopeBody(RequestModel):
+    """A rotation profile; docs/rope.md of the sources has the formulas."""
+
+    type: ScalingType = Field(description="The formula. `default`: the model's frequencies.")
+    factor: float = Field(1.0, description="How many times the context grows, at least 1.")
+    original_context: int | None = Field(
+        None, description="The context before scaling, in tokens; null: the trained one."
+    )
+    beta_slow: float = Field(1.0, description="yarn: turns below which a pair is interpolated.")
+    beta_fast: float = Field(32.0, description="yarn: turns above which a pair is kept.")
+    truncate: bool = Field(True, description="yarn: round the ramp's bounds outwards.")
+    ramp: YarnRamp = Field("dimension", description="yarn: linear in what, between the bounds.")
+    attention_factor: float | None = Field(
+        None, description="yarn: multiplies queries and keys; null: 0.1 ln(factor) + 1."
+    )
+    low_freq_factor: float = Field(1.0, description="llama3: as beta_slow.")
+    high_freq_factor: float = Field(4.0, description="llama3: as beta_fast.")
+    scale_base: float = Field(512.0, description="xpos: tokens over which scores fall by zeta.")
 
 
 class GenerateRequest(RequestModel):
@@ -149,12 +170,20 @@ class GenerateRequest(RequestModel):
         "the oldest pages after the first, which is an approximation.",
     )
 
+    rope: RopeBody | None = Field(
+        None,
+        description="Stretch this request's context: another rotation than the model's own, such "
+        'as `{"type": "ntk", "factor": 4}`. The context follows the factor.',
+    )
+
     def to_params(self) -> SamplingParams:
         """Checked sampling parameters. Raises InvalidRequest."""
         fields = {name: getattr(self, name) for name in SamplingParams.__struct_fields__}
         stop = () if self.stop is None else self.stop
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.rope is not None:
+            fields["rope"] = self.rope.model_dump(exclude_unset=True)
         return SamplingParams(**fields)
 
     def to_options(self) -> RequestOptions:

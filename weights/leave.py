@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.loader import canonical
+from engine.scaling import UNSCALED
 from weights.formats.assembly import by_head
 from weights.formats.known import GPT_NEOX
 
@@ -26,6 +27,8 @@ def neox_config(config: ModelConfig) -> dict[str, Any]:
         config.norm != "layernorm": "RMS norms",
         config.qk_norm != "none": "a QK-norm",
         config.head_bias: "a bias of the head",
+        config.rope != UNSCALED: "a scaling of ours",
+        config.learned_frequencies != "none": "learned frequencies",
     }.items():
         if present:
             raise CheckpointError(f"GPT-NeoX has no place for {what}; it cannot leave that way")

@@ -24,10 +24,11 @@ class InputBatch:
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
-        """max_blocks: blocks of the longest request."""
+        """max_blocks: blocks of most requests; the tables widen for longer ones."""
         self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.bases: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_blocks: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
+        self.profiles: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
         self._dropped: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
         self._rows: dict[str, int] = {}
         self._free = list(range(max_num_seqs))
@@ -45,15 +46,23 @@ class InputBatch:
         if row is None:
             row = self._rows[request.request_id] = self._free.pop()
             self.num_blocks[row] = 0
+            self.profiles[row] = request.profile
         if self._dropped[row] != request.num_dropped_blocks:
             self._dropped[row] = request.num_dropped_blocks
             self.num_blocks[row] = 0
         known, total = self.num_blocks[row], len(request.block_table)
         if known < total:
+            if total > self.block_tables.shape[1]:
+                self._widen(total)
             self.block_tables[row, known:total] = request.block_table[known:]
             self.bases[row, known:total] = request.bases[known:]
             self.num_blocks[row] = total
         return row
+
+    def _widen(self, num_blocks: int) -> None:
+        more = max(num_blocks, 2 * self.block_tables.shape[1]) - self.block_tables.shape[1]
+        self.block_tables = np.pad(self.block_tables, ((0, 0), (0, more)))
+        self.bases = np.pad(self.bases, ((0, 0), (0, more)))
 
 
 class ModelRunner:
@@ -78,6 +87,8 @@ class ModelRunner:
         self._batch.release(step.released)
         for request_id in step.released:
             self._sampler.forget(request_id)
+        for each in step.profiles:
+            self._backend.put_profile(each.row, each.scaling, each.num_positions)
         if not step.scheduled:
             return []
         token_ids, metadata = self._inputs(step.scheduled)
@@ -93,7 +104,7 @@ class ModelRunner:
     def warm_up(self, num_rows: Sequence[int]) -> None:
         """Run the network once for each number of rows, so that no request pays for first calls.
 
-        It writes to block 0, which must be free.
+        It writes to block 0, which must be free, by profile 0, which must have been put.
         """
         for rows in num_rows:
             count = min(rows, self._block_size, self._model.config.max_position)
@@ -104,6 +115,7 @@ class ModelRunner:
                 block_tables=self._tensor(np.zeros((1, 1), np.int32)),
                 bases=self._tensor(np.zeros((1, 1), np.int32)),
                 num_blocks=self._tensor(np.ones(1, np.int32)),
+                profiles=self._tensor(np.zeros(1, np.int32)),
             )
             token_ids = torch.zeros(count, dtype=torch.int64, device=self._device)
             with torch.inference_mode():
@@ -130,6 +142,7 @@ class ModelRunner:
             block_tables=self._tensor(self._batch.block_tables[rows, :widest]),
             bases=self._tensor(self._batch.bases[rows, :widest]),
             num_blocks=self._tensor(self._batch.num_blocks[rows]),
+            profiles=self._tensor(self._batch.profiles[rows]),
         )
         return torch.tensor(token_ids, dtype=torch.int64, device=self._device), metadata
 

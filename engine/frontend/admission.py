@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Self
 
-from engine.errors import ContextOverflow, InvalidRequest
+from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineReady
 from engine.request import (
@@ -17,7 +17,9 @@ from engine.request import (
     RequestOptions,
     SamplingParams,
     Window,
+    no_such_rotation,
 )
+from engine.scaling import RopeScaling
 
 MAX_CONTEXTS = 64
 """How many times the context a prompt may be, where `overflow` says what to do with it."""
@@ -52,6 +54,67 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one request has room for: tokens of the context under its rotation, and of the cache."""
+
+    context: int
+    block_size: int
+    num_blocks: int
+
+    @property
+    def limit(self) -> int:
+        """Tokens that one request can have in the cache."""
+        return min(self.context, self.num_blocks * self.block_size)
+
+    def truncated(self, token_ids: list[int], max_tokens: int | None) -> list[int]:
+        """The end of a prompt, so that max_tokens fit behind it."""
+        if max_tokens is None:
+            if len(token_ids) > self.limit:
+                raise InvalidRequest(
+                    f"max_tokens must be given with overflow 'truncate' where the prompt "
+                    f"({len(token_ids)} tokens) is longer than the limit of {self.limit}",
+                    "max_tokens",
+                )
+            return token_ids
+        room = self.limit + 1 - max_tokens
+        if room < 1:
+            raise ContextOverflow(
+                f"max_tokens must be at most {self.limit} where at least one token of the prompt "
+                f"is kept, got {max_tokens}",
+                "max_tokens",
+            )
+        return token_ids[-room:]
+
+    def window(self, num_prompt_tokens: int, max_tokens: int | None) -> Window | None:
+        """What a shifting request sees; None where it fits as it is."""
+        if max_tokens is not None and num_prompt_tokens + max_tokens <= self.limit + 1:
+            return None
+        num_blocks = self.context // self.block_size
+        least = SINK_BLOCKS + 2
+        if num_blocks < least or num_blocks > self.num_blocks:
+            raise ContextOverflow(
+                f"overflow 'shift' needs {max(num_blocks, least)} pages of {self.block_size} "
+                f"tokens; the context of {self.context} tokens has {num_blocks}, the cache "
+                f"{self.num_blocks}",
+                "overflow",
+            )
+        return Window(self.block_size, num_blocks)
+
+    def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
+        """The last token is sampled but never computed, so it needs no position of its own."""
+        limit = self.limit
+        room = limit + 1 - num_prompt_tokens
+        if room < 1 or (asked is not None and asked > room):
+            what = "context" if limit == self.context else "cache"
+            raise ContextOverflow(
+                f"prompt ({num_prompt_tokens} tokens) and max_tokens ({asked or 1}) need more than "
+                f"the {what} of {limit} tokens; max_tokens can be at most {max(room, 0)}",
+                "max_tokens",
+            )
+        return room if asked is None else asked
+
+
 @dataclass(frozen=True)
 class Admission:
     """Turns a prompt and its parameters into an AddRequest that the engine can always finish."""
@@ -68,18 +131,19 @@ class Admission:
     ) -> AddRequest:
         """Settle tokens, seed, limit and end tokens.
 
-        Raises InvalidRequest for a prompt that is empty or holds ids that no token has, and
-        ContextOverflow where prompt and output cannot fit the context or the whole cache, and
-        `overflow` does not help.
+        Raises InvalidRequest for a prompt that is empty or holds ids that no token has and for a
+        rotation that the model cannot have, and ContextOverflow where prompt and output cannot fit
+        the context or the whole cache, and `overflow` does not help.
         """
-        token_ids = self._token_ids(prompt, options.overflow)
+        room = self._room(params.rope)
+        token_ids = self._token_ids(prompt, options.overflow, room)
         num_tokens, window, max_tokens = len(token_ids), None, params.max_tokens
         if options.overflow == "truncate":
-            token_ids = self._truncated(token_ids, max_tokens)
+            token_ids = room.truncated(token_ids, max_tokens)
         elif options.overflow == "shift":
-            window = self._window(num_tokens, max_tokens)
+            window = room.window(num_tokens, max_tokens)
         if window is None:
-            max_tokens = self._max_tokens(len(token_ids), max_tokens)
+            max_tokens = room.max_tokens(len(token_ids), max_tokens)
         stop_token_ids = set(params.stop_token_ids)
         for token_id in params.stop_token_ids:
             if token_id not in self.tokenizer:
@@ -102,12 +166,38 @@ class Admission:
             truncated_tokens=num_tokens - len(token_ids),
         )
 
-    def _token_ids(self, prompt: str | list[int], overflow: Overflow) -> list[int]:
-        limit = self.engine.max_position
+    def _room(self, rope: RopeScaling | None) -> Room:
+        """What a request has room for under the rotation that it asks for, None: the model's."""
+        engine = self.engine
+        if rope is not None and rope != engine.rope:
+            try:
+                rope.check_model(engine.rotary_dim, engine.learned_frequencies)
+            except ConfigError as error:
+                raise no_such_rotation(error) from error
+            if engine.rope.type == "xpos" and (rope.type, rope.scale_base) != (
+                "xpos",
+                engine.rope.scale_base,
+            ):
+                raise InvalidRequest(
+                    f"rope.type must be xpos, with rope.scale_base {engine.rope.scale_base}, since "
+                    f"the model was trained so; got {rope.type}, {rope.scale_base}",
+                    "rope",
+                )
+            if engine.max_profiles == 1:
+                raise InvalidRequest(
+                    f"rope must be the model's own ({engine.rope.type}) or absent, got "
+                    f"{rope.type}: max_profiles of the server is 1",
+                    "rope",
+                )
+        context = (rope or engine.rope).context(engine.max_position)
+        return Room(context, engine.block_size, engine.num_blocks)
+
+    def _token_ids(self, prompt: str | list[int], overflow: Overflow, room: Room) -> list[int]:
+        limit = room.context
         what = "the context"
         if overflow != "error":
             limit *= MAX_CONTEXTS
-            what = f"overflow {overflow!r} with a context of {self.engine.max_position}"
+            what = f"overflow {overflow!r} with a context of {room.context}"
         if isinstance(prompt, str):
             # Checked before tokenising, which can take long for a text that has no spaces.
             if len(prompt) > limit * self.tokenizer.longest_token:
@@ -135,56 +225,3 @@ class Admission:
                 f"prompt has {len(prompt)} tokens; {what} takes {limit}", "prompt"
             )
         return prompt
-
-    @property
-    def _limit(self) -> int:
-        """Tokens that one request can have in the cache."""
-        return min(self.engine.max_position, self.engine.num_blocks * self.engine.block_size)
-
-    def _truncated(self, token_ids: list[int], max_tokens: int | None) -> list[int]:
-        """The end of a prompt, so that max_tokens fit behind it."""
-        if max_tokens is None:
-            if len(token_ids) > self._limit:
-                raise InvalidRequest(
-                    f"max_tokens must be given with overflow 'truncate' where the prompt "
-                    f"({len(token_ids)} tokens) is longer than the limit of {self._limit}",
-                    "max_tokens",
-                )
-            return token_ids
-        room = self._limit + 1 - max_tokens
-        if room < 1:
-            raise ContextOverflow(
-                f"max_tokens must be at most {self._limit} where at least one token of the prompt "
-                f"is kept, got {max_tokens}",
-                "max_tokens",
-            )
-        return token_ids[-room:]
-
-    def _window(self, num_prompt_tokens: int, max_tokens: int | None) -> Window | None:
-        """What a shifting request sees; None where it fits as it is."""
-        engine = self.engine
-        if max_tokens is not None and num_prompt_tokens + max_tokens <= self._limit + 1:
-            return None
-        num_blocks = engine.max_position // engine.block_size
-        least = SINK_BLOCKS + 2
-        if num_blocks < least or num_blocks > engine.num_blocks:
-            raise ContextOverflow(
-                f"overflow 'shift' needs {max(num_blocks, least)} pages of {engine.block_size} "
-                f"tokens; the context of {engine.max_position} tokens has {num_blocks}, the cache "
-                f"{engine.num_blocks}",
-                "overflow",
-            )
-        return Window(engine.block_size, num_blocks)
-
-    def _max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
-        """The last token is sampled but never computed, so it needs no position of its own."""
-        limit = self._limit
-        room = limit + 1 - num_prompt_tokens
-        if room < 1 or (asked is not None and asked > room):
-            what = "context" if limit == self.engine.max_position else "cache"
-            raise ContextOverflow(
-                f"prompt ({num_prompt_tokens} tokens) and max_tokens ({asked or 1}) need more than "
-                f"the {what} of {limit} tokens; max_tokens can be at most {max(room, 0)}",
-                "max_tokens",
-            )
-        return room if asked is None else asked

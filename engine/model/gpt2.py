@@ -109,6 +109,10 @@ class GPT2(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.inv_freq: nn.Parameter | None = None  # for whoever rotates
+        if config.learned_frequencies != "none":
+            layers = [config.num_layers] if config.learned_frequencies == "per_layer" else []
+            self.inv_freq = nn.Parameter(torch.empty(*layers, config.rotary_dim // 2))
 
     def forward(self, token_ids: Tensor, attention: Attention) -> Tensor:
         """Token ids [...] (int64) -> final hidden states [..., hidden_size]."""

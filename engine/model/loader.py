@@ -145,6 +145,11 @@ def canonical(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     return heads.reshape(tensor.shape)
 
 
+def _served(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is kept in: all in dtype, but an angle grows with the position."""
+    return torch.float64 if name == "inv_freq" else dtype
+
+
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT2:
     """The model of a directory, in dtype, on device, ready to run. Raises CheckpointError."""
     stored = read_config(directory)
@@ -156,7 +161,8 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device | str =
         del expected["head.weight"]
     tensors = _read_tensors(directory, expected)
     tensors = {
-        name: canonical(name, tensor, stored).to(device, dtype) for name, tensor in tensors.items()
+        name: canonical(name, tensor, stored).to(device, _served(name, dtype))
+        for name, tensor in tensors.items()
     }
     model.load_state_dict(tensors, strict=not config.tie_embeddings, assign=True)
     if config.tie_embeddings:

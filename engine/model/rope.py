@@ -8,13 +8,15 @@ distance only: (R(t) q)^T (R(p) k) = q^T R(p - t) k. The paged cache rests on th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig, RopeScaling
+from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.scaling import UNSCALED, RopeScaling
 
 XPOS_GAMMA = 0.4  # Sun et al. 2022, arXiv 2212.10554
 
@@ -61,13 +63,34 @@ class RotaryTable:
 
     @classmethod
     def for_model(cls, config: ModelConfig, num_positions: int | None = None) -> RotaryTable:
-        """The table of a model, over its context unless num_positions says otherwise."""
+        """The table of a model, over its context unless num_positions says otherwise.
+
+        ConfigError: the model is served by a scaling, or its frequencies are learned.
+        """
+        if config.rope != UNSCALED or config.learned_frequencies != "none":
+            raise ConfigError(
+                "this needs frequencies that are powers of rope_base, unscaled; config.json says "
+                f"rope.type {config.rope.type}, learned_frequencies {config.learned_frequencies}"
+            )
         inv_freq = inverse_frequencies(config.rotary_dim, config.rope_base)
         return cls.build(inv_freq, num_positions or config.max_position)
 
     def to(self, device: torch.device | str) -> RotaryTable:
         """The same table on another device."""
         return RotaryTable(cos=self.cos.to(device), sin=self.sin.to(device))
+
+    def layer(self, layer: int) -> RotaryTable:
+        """A layer's part [num_positions, rotary_dim / 2]; the whole where layers share it."""
+        shared = self.cos.ndim == 2
+        return self if shared else RotaryTable(cos=self.cos[layer], sin=self.sin[layer])
+
+    @classmethod
+    def joined(cls, parts: Sequence[RotaryTable]) -> RotaryTable:
+        """Of the positions of all parts, one after the other."""
+        return cls(
+            cos=torch.cat([part.cos for part in parts], -2),
+            sin=torch.cat([part.sin for part in parts], -2),
+        )
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-Origin = tuple[int, str]
-"""What prefixes begin with: a rotation profile and the request's cache_salt."""
+from engine.scaling import RopeScaling
+
+Origin = tuple[RopeScaling, str]
+"""What prefixes begin with: a rotation in force and the request's cache_salt. Not the row that the
+rotation has: a row may be another's tomorrow, and pages outlive requests."""
 
 Parent = Origin | int
 """What a page follows: an origin, or the serial number of another page."""

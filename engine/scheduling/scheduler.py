@@ -1,4 +1,4 @@
-"""Which tokens the next step computes. The only writer of Request state.
+"""Which tokens the next step computes. With its tables, the only writer of Request state.
 
 There is no prefill phase and no decode phase. A request has num_tokens known tokens, of which
 num_computed_tokens are in the cache; a step computes some of the rest, at most
@@ -20,9 +20,10 @@ from engine.messages import (
     ScheduledRequest,
     SchedulerOutput,
 )
-from engine.request import SINK_BLOCKS, FinishReason, Request, RequestStatus
+from engine.request import FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.prefix_cache import CachedPage
+from engine.scheduling.profiles import ProfileRows
+from engine.scheduling.tables import BlockTables, reach
 
 
 class Scheduler:
@@ -33,10 +34,14 @@ class Scheduler:
         config: SchedulerConfig,
         pool: BlockPool,
         clock: Callable[[], float] = time.monotonic,
+        profiles: ProfileRows | None = None,
     ) -> None:
-        """clock: seconds; for the time that requests wait, and their timeouts."""
+        """clock: seconds; for the time that requests wait, and their timeouts. profiles: None: the
+        one of a model without a scaling."""
         self.config = config
         self.pool = pool
+        self.profiles = ProfileRows() if profiles is None else profiles
+        self.tables = BlockTables(pool, self.profiles)
         self._clock = clock
         self._waiting: list[Request] = []  # whose turn is next first
         self._running: list[Request] = []  # oldest first
@@ -71,6 +76,7 @@ class Scheduler:
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
             blocks_cached=self.pool.num_cached,
+            profiles=self.profiles.num_in_force,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
         )
@@ -112,7 +118,8 @@ class Scheduler:
             self._choose(scheduled)
         released, self._released = self._released, []
         chosen = list(scheduled.values())
-        return SchedulerOutput(chosen, released, sum(item.num_tokens for item in chosen), alone)
+        num_tokens = sum(item.num_tokens for item in chosen)
+        return SchedulerOutput(chosen, released, num_tokens, alone, self.profiles.news())
 
     def _choose(self, scheduled: dict[str, ScheduledRequest]) -> None:
         """An ordinary step: what runs, and then what may start."""
@@ -147,7 +154,7 @@ class Scheduler:
         for item in step.scheduled:
             request = item.request
             request.num_computed_tokens += item.num_tokens
-            self._remember(request)
+            self.tables.remember(request)
             if not item.samples:
                 continue
             token = next(tokens)
@@ -165,6 +172,8 @@ class Scheduler:
                 request.finish_reason = FinishReason.LENGTH
             if request.finish_reason is not None:
                 self._forget(request)
+            elif request.span > request.steady_until:
+                self._put_back(request)  # every token counts on the rotation: compute all again
             outputs.append(
                 EngineOutput(
                     request.request_id,
@@ -183,12 +192,19 @@ class Scheduler:
 
         One starts only when all its known tokens have room, so that it is not preempted halfway
         through its own prompt. One that may not be preempted starts only when everything that such
-        requests may ever hold fits the pool; until then others pass it, since they can be.
+        requests may ever hold fits the pool; until then others pass it, since they can be. One
+        whose rotation has no row is passed by those of the model's own: others would keep the rows.
         """
         at = 0
-        pinned_fit = True
+        pinned_fit = rows_left = True
         while at < len(self._waiting) and budget and len(self._running) < self.config.max_num_seqs:
             request = self._waiting[at]
+            self.profiles.settle(request)
+            if not self.profiles.is_own(request):
+                rows_left = rows_left and self.profiles.has_room(request)
+                if not rows_left:
+                    at += 1
+                    continue
             if self._must_pin(request):
                 pinned_fit = pinned_fit and self._quotas_fit(request)
                 if not pinned_fit:
@@ -200,10 +216,11 @@ class Scheduler:
 
     def _start(self, request: Request) -> bool:
         """Let a waiting request run, with the pages of all that is known of it, if there are so
-        many."""
-        pages = self._known_pages(request)
-        missing = self._missing_blocks(request) - len(pages)
-        if missing > self.pool.num_free_without(pages):
+        many, and a row for its rotation."""
+        self.profiles.settle(request)
+        pages = self.tables.known_pages(request)
+        missing = self.tables.missing(request) - len(pages)
+        if missing > self.pool.num_free_without(pages) or not self.profiles.has_room(request):
             return False
         request.pinned = self._must_pin(request)
         if request.pinned and not self._quotas_fit(request):
@@ -211,13 +228,13 @@ class Scheduler:
         self._waiting.remove(request)
         self._running.append(request)
         request.status = RequestStatus.RUNNING
-        self._share(request, pages)
+        self.profiles.take(request)
+        self.tables.begin(request, pages)
         if request.scheduled is None:
             request.scheduled = self._clock()
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
             self._prefix_queries += request.num_prompt_tokens
             self._prefix_hits += request.num_cached_tokens
-        self._grow(request)
         return True
 
     def _make_room(self, request: Request, scheduled: dict[str, ScheduledRequest]) -> int:
@@ -227,56 +244,41 @@ class Scheduler:
         Returns the tokens of this step that preemption took back. The request itself may be the one
         that is preempted. Somebody always remains: alone each fits, and the pinned fit together.
         """
-        self._shift(request)
+        self.tables.shift(request)
         refund = 0
-        while self._missing_blocks(request) > self.pool.num_free:
+        while self.tables.missing(request) > self.pool.num_free:
             victim = min((each for each in self._running if not each.pinned), key=_worth)
-            self._running.remove(victim)
             self._preemptions += 1
             victim.num_preemptions += 1
-            victim.num_computed_tokens = 0
-            victim.status = RequestStatus.WAITING
-            self._release_blocks(victim)
-            self._released.append(victim.request_id)
-            insort(self._waiting, victim, key=_turn)
+            self._put_back(victim)
             if (item := scheduled.pop(victim.request_id, None)) is not None:
                 refund += item.num_tokens
             if victim is request:
                 return refund
-        self._grow(request)
+        self.tables.grow(request)
         return refund
+
+    def _put_back(self, request: Request) -> None:
+        """From running to waiting; when it starts again, all that is known of it is computed."""
+        self._running.remove(request)
+        self._give_back(request)
+        request.status = RequestStatus.WAITING
+        self._released.append(request.request_id)
+        insort(self._waiting, request, key=_turn)
+
+    def _give_back(self, request: Request) -> None:
+        """The pages and the row of a request that runs no more."""
+        self.tables.end(request)
+        self.profiles.give_back(request)
 
     def _take(self, request: Request, budget: int, scheduled: dict[str, ScheduledRequest]) -> int:
         """Schedule as many of the request's tokens as the budget allows; returns how many."""
         start = request.num_computed_tokens
-        count = min(_reach(request) - start, budget)
+        count = min(reach(request) - start, budget)
         samples = start + count == request.num_tokens
         position = start - request.num_dropped_blocks * self.pool.block_size
         scheduled[request.request_id] = ScheduledRequest(request, start, position, count, samples)
         return count
-
-    def _shift(self, request: Request) -> None:
-        """Drop the oldest page after the sinks, if the next token begins one too many.
-
-        The pages after it move forward by one: a base is lower, and no key is touched.
-        """
-        if request.window is None:
-            return
-        dropped = request.window.num_dropped_blocks(request.num_computed_tokens)
-        if dropped > request.num_dropped_blocks:
-            request.num_dropped_blocks += 1
-            self.pool.release([request.block_table.pop(SINK_BLOCKS)])
-            request.bases.pop()
-
-    def _missing_blocks(self, request: Request) -> int:
-        held = request.num_dropped_blocks + len(request.block_table)
-        return self.pool.blocks_for(_reach(request)) - held
-
-    def _grow(self, request: Request) -> None:
-        """Extend the block table over what can be computed; each base is where its block begins."""
-        for block_id in self.pool.allocate(self._missing_blocks(request)):
-            request.bases.append(len(request.block_table) * self.pool.block_size)
-            request.block_table.append(block_id)
 
     def _expire(self) -> None:
         """End every request whose time is up, whether it runs or waits."""
@@ -293,49 +295,13 @@ class Scheduler:
         from its first token on, and what was preempted often enough has its turn."""
         return request.window is not None or request.num_preemptions >= self.config.max_preemptions
 
-    def _quota(self, request: Request) -> int:
-        """Pages that a request may come to hold."""
-        if request.window is not None:
-            return request.window.num_blocks
-        return self.pool.blocks_for(request.num_prompt_tokens + request.max_tokens - 1)
-
     def _quotas_fit(self, request: Request) -> bool:
         """Whether the pool could hold all pinned requests and this one at their longest.
 
         Then a pinned request always gets its pages, if need be from those that can be preempted.
         """
-        pinned = sum(self._quota(each) for each in self._running if each.pinned)
-        return pinned + self._quota(request) <= self.pool.num_blocks
-
-    def _known_pages(self, request: Request) -> list[CachedPage]:
-        """Cached pages of a request's beginning; never all of it, since its last token is what the
-        next one is computed from, and nothing behind which pages were dropped."""
-        max_blocks = (_reach(request) - 1) // self.pool.block_size
-        return self.pool.match(request.origin, request.token_ids, max_blocks)
-
-    def _share(self, request: Request, pages: list[CachedPage]) -> None:
-        """Begin a request's table with cached pages."""
-        request.block_table = self.pool.share(pages)
-        request.bases = [at * self.pool.block_size for at in range(len(pages))]
-        request.num_computed_tokens = len(pages) * self.pool.block_size
-        request.num_remembered_blocks = len(pages)
-        request.prefix = pages[-1].serial if pages else request.origin
-
-    def _remember(self, request: Request) -> None:
-        """Offer the pages that a request has filled to others, until it drops one: what comes
-        then depends on what was dropped as well."""
-        size = self.pool.block_size
-        while (
-            request.num_dropped_blocks == 0
-            and (request.num_remembered_blocks + 1) * size <= request.num_computed_tokens
-        ):
-            at = request.num_remembered_blocks
-            request.num_remembered_blocks += 1
-            if request.prefix is not None:
-                token_ids = request.token_ids[at * size : (at + 1) * size]
-                request.prefix = self.pool.remember(
-                    request.prefix, token_ids, request.block_table[at]
-                )
+        pinned = sum(self.tables.quota(each) for each in self._running if each.pinned)
+        return pinned + self.tables.quota(request) <= self.pool.num_blocks
 
     def _acquit(self, request: Request) -> None:
         """It has come further than where an engine died, or it is gone."""
@@ -343,20 +309,17 @@ class Scheduler:
             request.suspect = False
             self._suspects.remove(request)
 
-    def _release_blocks(self, request: Request) -> None:
-        self.pool.release(reversed(request.block_table))
-        request.block_table = []
-        request.bases = []
-
     def _forget(self, request: Request) -> None:
         """Take a request out, wherever it is."""
-        queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
-        queue.remove(request)
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+            self._give_back(request)
+        else:
+            self._waiting.remove(request)
         self._acquit(request)
         if (deadline := _deadline(request)) is not None:
             del self._deadlines[bisect_left(self._deadlines, deadline)]
         request.status = RequestStatus.FINISHED
-        self._release_blocks(request)
         self._released.append(request.request_id)
         del self._requests[request.request_id]
 
@@ -375,13 +338,6 @@ def _deadline(request: Request) -> tuple[float, str] | None:
 def _worth(request: Request) -> tuple[int, int]:
     """Sort key of victims: the youngest of the lowest priority is the least."""
     return request.options.priority, -request.turn[1]
-
-
-def _reach(request: Request) -> int:
-    """The tokens that may be in the cache after this step: all, or up to where pages shift."""
-    if request.window is None:
-        return request.num_tokens
-    return min(request.num_tokens, request.window.chunk_end(request.num_computed_tokens))
 
 
 def _num_uncomputed_beyond_one(request: Request) -> bool:

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from engine.config import SCALING_OPTIONS, ModelConfig, RopeScaling
+from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.scaling import SCALING_OPTIONS, RopeScaling
 
 
 @pytest.mark.parametrize(
@@ -24,13 +25,30 @@ from engine.errors import ConfigError
         ({"type": "default", "factor": 1}, "not an option of type default; its options: none"),
         ({"type": "linear", "beta_fast": 32}, "beta_fast is not an option of type linear"),
         ({"type": "linear", "faktor": 2}, "faktor is not an option of type linear"),
-        ({"type": "yarn", "beta_fast": 1}, "beta_fast must be greater than 1.0, got 1"),
-        ({"type": "yarn", "ramp": "pairs"}, "ramp must be one of dimension, rotations"),
-        ({"type": "yarn", "truncate": 1}, "truncate must be true or false"),
-        ({"type": "yarn", "attention_factor": 0}, "attention_factor must be greater"),
-        ({"type": "llama3", "low_freq_factor": 4}, "high_freq_factor must be greater"),
-        ({"type": "dynamic", "original_context": 1}, "original_context must be at least 2, got 1"),
+        (
+            {"type": "yarn", "factor": 2, "beta_fast": 1},
+            "beta_fast must be greater than 1.0, got 1",
+        ),
+        (
+            {"type": "yarn", "factor": 2, "ramp": "pairs"},
+            "ramp must be one of dimension, rotations",
+        ),
+        ({"type": "yarn", "factor": 2, "truncate": 1}, "truncate must be true or false"),
+        ({"type": "yarn", "factor": 2, "attention_factor": 0}, "attention_factor must be greater"),
+        ({"type": "llama3", "factor": 2, "low_freq_factor": 4}, "high_freq_factor must be greater"),
+        (
+            {"type": "dynamic", "factor": 2, "original_context": 1},
+            "original_context must be at least 2, got 1",
+        ),
+        (
+            {"type": "yarn", "factor": 2, "beta_slow": 1e-320},
+            "beta_slow must be greater than 1e-06, got 1e-320",
+        ),
         ({"type": "xpos", "scale_base": 0}, "scale_base must be greater than 0, got 0"),
+        ({"type": "xpos", "scale_base": 1e-300}, "scale_base must be at least 16, got 1e-300"),
+        ({"type": "ntk"}, "rope.factor is required for type ntk"),
+        ({"type": "linear", "factor": 1e300}, "factor must be at most 2147483648, got 1e+300"),
+        ({"type": "dynamic", "factor": 1e300}, "factor must be at most"),
     ],
 )
 def test_scalings_refused(values: dict[str, object], reason: str) -> None:
@@ -84,7 +102,8 @@ def test_learned_frequencies_have_no_base(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "xpos"])
 def test_what_learned_frequencies_take(kind: str) -> None:
-    RopeScaling.from_dict({"type": kind}).check_model(64, learned_frequencies=True)
+    factor = {} if kind == "default" else {"factor": 2}
+    RopeScaling.from_dict({"type": kind, **factor}).check_model(64, learned_frequencies=True)
 
 
 def test_ntk_needs_four_dimensions() -> None:

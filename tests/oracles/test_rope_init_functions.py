@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from engine.config import RopeScaling
 from engine.model.rope import RopeProfile, inverse_frequencies
+from engine.scaling import RopeScaling
 
 CONTEXT = 1024
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [  # ours, and what theirs say beside it

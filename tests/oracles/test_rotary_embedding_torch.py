@@ -6,8 +6,8 @@ import pytest
 import torch
 from rotary_embedding_torch import RotaryEmbedding
 
-from engine.config import RopeScaling
 from engine.model.rope import RopeProfile, RotaryTable, inverse_frequencies, rotate
+from engine.scaling import RopeScaling
 
 HEAD_DIM, TIME = 64, 300
 

@@ -39,6 +39,8 @@ READY = EngineReady(
     max_num_seqs=2,
     max_num_batched_tokens=32,
     threads=1,
+    rotary_dim=16,
+    max_profiles=8,
 )
 
 M = TypeVar("M", bound=ToCore)

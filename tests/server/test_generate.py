@@ -8,6 +8,7 @@ import pytest
 
 from engine.messages import AddRequest, EngineOutput, TokenLogprobs
 from engine.request import FinishReason
+from engine.scaling import RopeScaling
 from tests.server.conftest import Served, parse_events
 from tests.server.fake_engine import EOS
 
@@ -168,3 +169,35 @@ async def test_a_timeout_is_a_finish_reason(served: Served, stream: bool) -> Non
     assert answer["finish_reason"] == "timeout"
     assert answer["usage"]["completion_tokens"] == 1
     assert 'outcome="timeout"} 1.0' in (await served.http.get("/metrics")).text
+
+
+async def test_a_rotation_reaches_the_engine_and_stretches_the_context(served: Served) -> None:
+    body = {"prompt": "ab", "stream": False, "rope": {"type": "ntk", "factor": 1.5}}
+    asking = asyncio.create_task(served.http.post("/generate", json=body))
+    request = await served.fake.expect(AddRequest)
+    assert request.params.rope == RopeScaling(type="ntk", factor=1.5)
+    assert request.max_tokens == 96 + 1 - 2
+    await served.fake.say(request, [*b"hi", EOS], end=FinishReason.STOP)
+    assert (await asking).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("rope", "field", "message"),
+    [
+        ({"type": "nkt"}, "rope.type", "or 'xpos', got \"nkt\""),
+        ({"factor": 2}, "rope.type", "rope.type is required"),
+        ({"type": "ntk"}, "rope.factor", "rope.factor is required for type ntk"),
+        ({"type": "ntk", "factor": 0.5}, "rope.factor", "must be at least 1, got 0.5"),
+        ({"type": "ntk", "factor": "2"}, "rope.factor", 'got "2"'),
+        ({"type": "ntk", "factor": 2, "fator": 1}, "rope.fator", "not a field of this request"),
+        ({"type": "ntk", "factor": 2, "ramp": "rotations"}, "rope.ramp", "not an option of type"),
+        (4, "rope", "got 4"),
+    ],
+)
+async def test_rotations_refused(served: Served, rope: object, field: str, message: str) -> None:
+    response = await served.http.post("/generate", json={"prompt": "ab", "rope": rope})
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert error["field"] == field
+    assert message in error["message"]
+    assert served.fake.quiet

@@ -26,6 +26,12 @@ from tests.server.fake_engine import READY, FakeEngine, byte_tokenizer
 from tests.server.test_serve import Server, gauge, serve
 
 ROOT = Path(__file__).parent.parent.parent
+ROPES = (
+    None,
+    {"type": "dynamic", "factor": 5, "original_context": 40},  # changes at 41, 81 and 161 tokens
+    {"type": "yarn", "factor": 2},
+    None,
+)
 
 
 def engine_of(server: Server) -> psutil.Process:
@@ -53,6 +59,7 @@ async def test_kill_under_load(tiny_model_dir: Path) -> None:
             "ignore_eos": True,
             "seed": at,
             "frequency_penalty": 0.2 * (at % 3),
+            "rope": ROPES[at % 4],
         }
         for at in range(24)
     ]

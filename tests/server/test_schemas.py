@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import RequestOptions, SamplingParams
+from engine.scaling import UNSCALED, RopeScaling
 from server.schemas import GenerateRequest
 
 SCHEMA = GenerateRequest.model_json_schema()["properties"]
@@ -22,6 +24,15 @@ def test_the_body_has_every_field_and_default() -> None:
     nulls = {"stop": None, "seed": None, "max_tokens": None, "logprobs": None}
     assert GenerateRequest(prompt="a", **nulls).to_params() == SamplingParams()
     assert all(SCHEMA[name].get("description") for name in SCHEMA)
+
+
+def test_a_rope_has_every_option_and_default() -> None:
+    (rope,) = [each["$ref"] for each in SCHEMA["rope"]["anyOf"] if "$ref" in each]
+    options = GenerateRequest.model_json_schema()["$defs"][rope.rpartition("/")[2]]["properties"]
+    assert set(options) == {each.name for each in fields(RopeScaling)}
+    for name, option in options.items():
+        assert option["description"]
+        assert name == "type" or option["default"] == getattr(UNSCALED, name)
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if "maximum" in SCHEMA[name]])
@@ -43,5 +54,5 @@ def test_documented_bounds_are_the_enforced_ones(name: str) -> None:
 
 
 def test_numeric_fields_document_their_bounds() -> None:
-    free = {"stop", "stop_token_ids", "ignore_eos", "overflow"}
+    free = {"stop", "stop_token_ids", "ignore_eos", "overflow", "rope"}
     assert {name for name in FIELDS if "maximum" not in SCHEMA[name]} == free

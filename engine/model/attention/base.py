@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
+from engine.scaling import RopeScaling
 
 
 class Attention(Protocol):
@@ -87,6 +88,7 @@ class AttentionMetadata:
     block_tables int32 [num_seqs, max_blocks]: block ids in order of position
     bases        int32 [num_seqs, max_blocks]: the position b of each block's first slot
     num_blocks   int32 [num_seqs]: how many entries of the two tables are in use
+    profiles     int32 [num_seqs]: the row of ProfileTables that the sequence is rotated by
 
     Slot o of a block with base b is visible to a row at position t when b + o <= t. All tensors are
     contiguous and on the device of the cache.
@@ -98,6 +100,7 @@ class AttentionMetadata:
     block_tables: Tensor
     bases: Tensor
     num_blocks: Tensor
+    profiles: Tensor
 
 
 def score_scale(config: ModelConfig) -> float:
@@ -115,10 +118,15 @@ class AttentionBackend(ABC):
 
     name: str
 
-    def __init__(self, config: ModelConfig, table: RotaryTable, cache: KVCache) -> None:
+    def __init__(self, config: ModelConfig, profiles: ProfileTables, cache: KVCache) -> None:
+        """profiles: rows that a step names must have been put."""
         self.config = config
-        self.table = table
+        self.profiles = profiles
         self.cache = cache
+
+    def put_profile(self, row: int, scaling: RopeScaling, num_positions: int) -> None:
+        """Have a row hold a scaling in force, between two steps; see ProfileTables.put."""
+        self.profiles.put(row, scaling, num_positions)
 
     @abstractmethod
     def forward(self, layer: int, qkv: Tensor, metadata: AttentionMetadata) -> Tensor:

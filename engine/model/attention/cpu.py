@@ -24,7 +24,8 @@ from engine.model.attention.base import (
     KVCache,
     score_scale,
 )
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
+from engine.scaling import RopeScaling
 
 LIBRARY = Path(__file__).with_name("_cpu_kernel.so")
 VARIANTS = ("avx512", "avx2", "generic")
@@ -41,11 +42,20 @@ class KernelUnavailableError(Exception):
     """The compiled kernel cannot be used here; the message says why."""
 
 
+class _Profile(ctypes.Structure):
+    """RopewayProfile of cpu_kernel.cpp; zeros where nothing was put."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query_cos", "query_sin", "key_cos", "key_sin")),
+        ("num_positions", ctypes.c_int32),
+    ]
+
+
 class _Layer(ctypes.Structure):
     """RopewayLayer of cpu_kernel.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "profiles")),
         *(
             (name, ctypes.c_int32)
             for name in (
@@ -54,7 +64,7 @@ class _Layer(ctypes.Structure):
                 "head_dim",
                 "rotary_dim",
                 "block_size",
-                "num_positions",
+                "num_profiles",
                 "is_bfloat16",
             )
         ),
@@ -75,6 +85,7 @@ class _Step(ctypes.Structure):
                 "block_tables",
                 "bases",
                 "counts",
+                "profiles",
             )
         ),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_seqs", "max_blocks", "num_threads")),
@@ -146,7 +157,7 @@ class CPUBackend(AttentionBackend):
     def __init__(
         self,
         config: ModelConfig,
-        table: RotaryTable,
+        profiles: ProfileTables,
         cache: KVCache,
         variant: str | None = None,
     ) -> None:
@@ -155,28 +166,28 @@ class CPUBackend(AttentionBackend):
         Raises KernelUnavailableError where there is no such kernel, ConfigError for shapes that it
         does not serve (TorchBackend does).
         """
-        super().__init__(config, table, cache)
+        super().__init__(config, profiles, cache)
         kernel = load_kernel(variant)
         self.name = f"cpu-{kernel.variant}"
         self.dtype = cache.keys[0].dtype
         self._check_shapes()
         self._attend = kernel.attend
+        self._rows = [(_Profile * profiles.num_rows)() for _ in cache.keys]
         self._layers = [
             _Layer(
                 keys=keys.data_ptr(),
                 values=values.data_ptr(),
-                cos=table.cos.data_ptr(),
-                sin=table.sin.data_ptr(),
+                profiles=ctypes.addressof(rows),
                 num_blocks=len(keys),
                 num_heads=config.num_heads,
                 head_dim=config.head_dim,
                 rotary_dim=config.rotary_dim,
                 block_size=cache.block_size,
-                num_positions=len(table.cos),
+                num_profiles=profiles.num_rows,
                 is_bfloat16=self.dtype == torch.bfloat16,
                 scale=score_scale(config),
             )
-            for keys, values in zip(cache.keys, cache.values, strict=True)
+            for keys, values, rows in zip(cache.keys, cache.values, self._rows, strict=True)
         ]
         self._addresses = [ctypes.addressof(layer) for layer in self._layers]
 
@@ -198,10 +209,19 @@ class CPUBackend(AttentionBackend):
                 f"head_dim must be at most {MAX_HEAD_DIM} for the CPU kernel, "
                 f"got {self.config.head_dim}"
             )
-        half = self.config.rotary_dim // 2
-        for name, table in (("cos", self.table.cos), ("sin", self.table.sin)):
-            if table.dtype != torch.float32 or table.shape[1] != half or not table.is_contiguous():
-                raise ConfigError(f"the table's {name} must be contiguous float32, {half} wide")
+
+    def put_profile(self, row: int, scaling: RopeScaling, num_positions: int) -> None:
+        """See AttentionBackend.put_profile; the kernel is told where the tables lie."""
+        super().put_profile(row, scaling, num_positions)
+        for layer, rows in enumerate(self._rows):
+            queries, keys = self.profiles.queries(row, layer), self.profiles.keys(row, layer)
+            rows[row] = _Profile(
+                queries.cos.data_ptr(),
+                queries.sin.data_ptr(),
+                keys.cos.data_ptr(),
+                keys.sin.data_ptr(),
+                len(queries.cos),
+            )
 
     def forward(self, layer: int, qkv: Tensor, metadata: AttentionMetadata) -> Tensor:
         """See AttentionBackend.forward. Raises ValueError for metadata that leave the cache."""
@@ -224,6 +244,7 @@ class _KernelStep:
             "block_tables": (metadata.block_tables, torch.int32, (num_seqs, max_blocks)),
             "bases": (metadata.bases, torch.int32, (num_seqs, max_blocks)),
             "num_blocks": (metadata.num_blocks, torch.int32, (num_seqs,)),
+            "profiles": (metadata.profiles, torch.int32, (num_seqs,)),
         }
         for name, (tensor, dtype, shape) in tensors.items():
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
@@ -251,5 +272,5 @@ class _KernelStep:
         if status == OUT_OF_MEMORY:
             raise MemoryError("no memory for the scratch space of attention")
         if status:
-            raise ValueError("the metadata point outside the cache or the rotary table")
+            raise ValueError("the metadata point outside the cache or the rotary tables")
         return out

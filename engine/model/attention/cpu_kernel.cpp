@@ -38,14 +38,21 @@ static inline int omp_get_thread_num() { return 0; }
 #define REGISTERS 16
 #endif
 
-// The two structures that Python fills, field by field as in cpu.py.
+// The three structures that Python fills, field by field as in cpu.py.
 
-struct RopewayLayer {  // fixed for the life of the cache
+struct RopewayProfile {       // a rotation in force; zeros where there is none
+    const float *query_cos;   // [num_positions, rotary_dim / 2], by distance to a page
+    const float *query_sin;
+    const float *key_cos;     // [block_size, rotary_dim / 2], by offset in a page
+    const float *key_sin;
+    int32_t num_positions;
+};
+
+struct RopewayLayer {  // fixed for the life of the cache, but for what profiles hold
     void *keys;        // [num_blocks, num_heads, head_dim, block_size]
     void *values;      // [num_blocks, num_heads, block_size, head_dim]
-    const float *cos;  // [num_positions, rotary_dim / 2]
-    const float *sin;
-    int32_t num_blocks, num_heads, head_dim, rotary_dim, block_size, num_positions;
+    const RopewayProfile *profiles;  // [num_profiles]
+    int32_t num_blocks, num_heads, head_dim, rotary_dim, block_size, num_profiles;
     int32_t is_bfloat16;  // element type of keys, values, qkv and out; else float32
     float scale;          // log2(e) / sqrt(head_dim): weights are powers of two
 };
@@ -53,7 +60,7 @@ struct RopewayLayer {  // fixed for the life of the cache
 struct RopewayStep {  // AttentionMetadata
     const int32_t *query_start, *positions;
     const int64_t *slot_mapping;
-    const int32_t *block_tables, *bases, *counts;
+    const int32_t *block_tables, *bases, *counts, *profiles;
     int32_t num_rows, num_seqs, max_blocks, num_threads;
 };
 
@@ -293,17 +300,22 @@ inline void sum_values(Page<T> page, int slots, const Weights *weights, const fl
         for (; d < page.dim; ++d) sum_dims<float, ROWS, 1>(page, slots, weights, decay, out, d);
 }
 
+struct Turns {  // of queries, by distance
+    const float *cos, *sin;
+    int half;
+};
+
 // ROWS consecutive positions, the first of them `distance` after the page's base, see one page.
 template <int ROWS, class T>
-inline void attend_tile(const RopewayLayer &layer, Page<T> page, int distance, Rows rows) {
+inline void attend_tile(Turns turns, Page<T> page, int distance, Rows rows) {
     constexpr int COLS = smaller(MAX_BLOCK / LANES, REGISTERS / (2 * ROWS));  // half hold sums
-    const int half = layer.rotary_dim / 2;
+    const int half = turns.half;
     alignas(64) Queries query[ROWS];
     alignas(64) Weights weights[ROWS];
     float decay[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-        const float *const cos = layer.cos + int64_t(distance + r) * half;
-        const float *const sin = layer.sin + int64_t(distance + r) * half;
+        const float *const cos = turns.cos + int64_t(distance + r) * half;
+        const float *const sin = turns.sin + int64_t(distance + r) * half;
         rotate(query[r], rows.query + r * page.dim, cos, sin, half, page.dim);
     }
     const int slots = smaller(page.block, distance + ROWS);  // that the last row sees
@@ -315,11 +327,11 @@ inline void attend_tile(const RopewayLayer &layer, Page<T> page, int distance, R
 
 // All rows of one head that see a page; row 0 is `distance` after its base.
 template <class T>
-void attend_page(const RopewayLayer &layer, Page<T> page, int distance, int rows, Rows head) {
+void attend_page(Turns turns, Page<T> page, int distance, int rows, Rows head) {
     int r = larger(0, -distance);  // the rows before it stand before the page
     for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        attend_tile<TILE_ROWS>(layer, page, distance + r, head.from(r, page.dim));
-    for (; r < rows; ++r) attend_tile<1>(layer, page, distance + r, head.from(r, page.dim));
+        attend_tile<TILE_ROWS>(turns, page, distance + r, head.from(r, page.dim));
+    for (; r < rows; ++r) attend_tile<1>(turns, page, distance + r, head.from(r, page.dim));
 }
 
 // ---- One item of work: some rows of a sequence, some heads --------------------------------------
@@ -333,6 +345,7 @@ void store_item(const RopewayLayer &layer, const RopewayStep &step, const Item &
                 const T *qkv) {
     const int dim = layer.head_dim, half = layer.rotary_dim / 2, block = layer.block_size;
     const int64_t hidden = int64_t(layer.num_heads) * dim;
+    const RopewayProfile &profile = layer.profiles[step.profiles[item.seq]];
     float key[MAX_HEAD_DIM], turned[MAX_HEAD_DIM];
     for (int head = item.head; head < item.head + item.heads; ++head)
         for (int row = item.row; row < item.row + item.rows; ++row) {
@@ -345,7 +358,8 @@ void store_item(const RopewayLayer &layer, const RopewayStep &step, const Item &
             fetch(from + ROWS_AHEAD * 3 * hidden, dim);
             fetch(from + ROWS_AHEAD * 3 * hidden + hidden, dim);
             widen(key, from, dim);
-            rotate(turned, key, layer.cos + offset * half, layer.sin + offset * half, half, dim);
+            rotate(turned, key, profile.key_cos + offset * half, profile.key_sin + offset * half,
+                   half, dim);
             for (int d = 0; d < dim; ++d) store(keys + d * block, turned[d]);
             __builtin_memcpy(values, from + hidden, dim * sizeof(T));
         }
@@ -372,6 +386,8 @@ void attend_item(const RopewayLayer &layer, const RopewayStep &step, const Item 
             *row.sum = Vec{};
         }
 
+    const RopewayProfile &profile = layer.profiles[step.profiles[item.seq]];
+    const Turns turns = {profile.query_cos, profile.query_sin, layer.rotary_dim / 2};
     const int64_t table = int64_t(item.seq) * step.max_blocks;
     for (int64_t j = table; j < table + step.counts[item.seq]; ++j) {
         const int distance = step.positions[item.row] - step.bases[j];
@@ -385,9 +401,9 @@ void attend_item(const RopewayLayer &layer, const RopewayStep &step, const Item 
                 widen(wide, keys, dim * block);
                 widen(wide + dim * block, values, dim * block);
                 const Page<float> page = {wide, wide + dim * block, dim, block};
-                attend_page(layer, page, distance, rows, head);
+                attend_page(turns, page, distance, rows, head);
             } else {
-                attend_page(layer, Page<T>{keys, values, dim, block}, distance, rows, head);
+                attend_page(turns, Page<T>{keys, values, dim, block}, distance, rows, head);
             }
         }
     }
@@ -419,6 +435,9 @@ bool inside(const RopewayLayer &layer, const RopewayStep &step) {
         const int start = starts[seq], end = starts[seq + 1], count = step.counts[seq];
         if (start > end || end > step.num_rows) return false;
         if (count < 0 || count > step.max_blocks) return false;
+        if (step.profiles[seq] < 0 || step.profiles[seq] >= layer.num_profiles) return false;
+        const int positions = layer.profiles[step.profiles[seq]].num_positions;
+        if (!positions) return false;
         for (int row = start; row < end; ++row) {
             if (step.slot_mapping[row] < 0 || step.slot_mapping[row] >= slots) return false;
             if (step.positions[row] != step.positions[start] + row - start) return false;
@@ -427,7 +446,7 @@ bool inside(const RopewayLayer &layer, const RopewayStep &step) {
         for (int64_t j = table; j < table + count && start < end; ++j) {
             if (step.block_tables[j] < 0 || step.block_tables[j] >= layer.num_blocks) return false;
             const int64_t distance = int64_t(step.positions[end - 1]) - step.bases[j];
-            if (distance < -layer.num_positions || distance >= layer.num_positions) return false;
+            if (distance < -positions || distance >= positions) return false;
         }
     }
     return true;

@@ -5,6 +5,8 @@ Online softmax: Milakov & Gimelshein 2018 (arXiv 1805.02867).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from engine.model.attention.base import (
     KVCache,
     score_scale,
 )
+from engine.model.profiles import ProfileTables
 from engine.model.rope import RotaryTable, rotate
 
 POWER_COEFFICIENTS = (
@@ -43,8 +46,8 @@ class TorchBackend(AttentionBackend):
     TILE_ROWS = 8
     name = "torch"
 
-    def __init__(self, config: ModelConfig, table: RotaryTable, cache: KVCache) -> None:
-        super().__init__(config, table, cache)
+    def __init__(self, config: ModelConfig, profiles: ProfileTables, cache: KVCache) -> None:
+        super().__init__(config, profiles, cache)
         self.scale = score_scale(config)
 
     def forward(self, layer: int, qkv: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -69,6 +72,9 @@ class _TorchStep:
         positions = metadata.positions.long()
         rows_of = metadata.query_start.diff().long()
         seq = torch.repeat_interleave(torch.arange(len(rows_of), device=device), rows_of)
+        profiles = metadata.profiles.long()
+        self._profile = profiles[seq]
+        self._in_force = sorted(set(profiles.tolist()))
         tiles, self._tile = torch.unique_consecutive(
             torch.stack((seq, positions // size)), dim=1, return_inverse=True
         )
@@ -81,15 +87,17 @@ class _TorchStep:
             meets = (page < metadata.num_blocks[tiles[0]]) & (base <= tile_positions[:, -1])
             live = meets.nonzero().squeeze(1)
             distance = tile_positions[live] - base[live, None]
-            self._pages.append((live, metadata.block_tables[tiles[0][live], page].long(), distance))
+            of = tiles[0][live]
+            blocks = metadata.block_tables[of, page].long()
+            self._pages.append((live, blocks, distance, profiles[of]))
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         backend = self._backend
         heads, dim = backend.config.num_heads, backend.config.head_dim
         query, key, value = qkv.view(-1, 3, heads, dim).unbind(1)
-        cos, sin = backend.table.cos[self._offset, None], backend.table.sin[self._offset, None]
+        cos, sin = self._turns(backend.profiles.keys, layer, self._profile, self._offset)
         keys, values = backend.cache.keys[layer], backend.cache.values[layer]
-        keys[self._block, :, :, self._offset] = rotate(key, cos, sin)
+        keys[self._block, :, :, self._offset] = rotate(key, cos[:, None], sin[:, None])
         values[self._block, :, self._offset] = value
 
         shape = (self._num_tiles, heads, backend.TILE_ROWS)
@@ -98,8 +106,9 @@ class _TorchStep:
         out = torch.zeros_like(queries)
         total = queries.new_zeros((*shape, 1))
         best = queries.new_full((*shape, 1), -1e30)  # finite: absent rows see nothing at all
-        for live, blocks, distance in self._pages:
-            scores = self._scores(queries[live], keys[blocks], distance)
+        for live, blocks, distance, profile in self._pages:
+            turns = self._turns(backend.profiles.queries, layer, profile, distance)
+            scores = _scores(queries[live], keys[blocks], distance, *turns)
             highest = torch.maximum(best[live], scores.amax(-1, keepdim=True))
             decay = power_of_two(best[live] - highest)
             weights = power_of_two(scores - highest)
@@ -109,18 +118,35 @@ class _TorchStep:
         rows = (out / total)[self._tile, :, self._place]
         return rows.to(qkv.dtype).reshape(-1, heads * dim)
 
-    def _scores(self, queries: Tensor, keys: Tensor, distance: Tensor) -> Tensor:
-        """Masked scores, float32 [tiles, num_heads, TILE_ROWS, block_size].
+    def _turns(
+        self, tables: Callable[[int, int], RotaryTable], layer: int, profile: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [..., rotary_dim / 2], at places `at`, int64 [n, ...], of the
+        tables of profiles int64 [n]."""
+        half = self._backend.config.rotary_dim // 2
+        cos = torch.empty((*at.shape, half), device=at.device)
+        sin = torch.empty_like(cos)
+        for each in self._in_force:
+            table = tables(each, layer)
+            place = at.clamp(0, len(table.cos) - 1)  # only absent or masked rows are clamped
+            if len(self._in_force) == 1:
+                return table.cos[place], table.sin[place]
+            mine = profile == each
+            cos[mine], sin[mine] = table.cos[place[mine]], table.sin[place[mine]]
+        return cos, sin
 
-        queries float32 [tiles, num_heads, TILE_ROWS, head_dim]; keys [tiles, num_heads, head_dim,
-        block_size]; distance int64 [tiles, TILE_ROWS], from the base of the tile's page to the row.
-        """
-        table = self._backend.table
-        angle = distance.clamp(0, len(table.cos) - 1)  # only absent or masked rows are clamped
-        turned = rotate(queries, table.cos[angle][:, None], table.sin[angle][:, None])
-        slots = torch.arange(keys.shape[-1], device=keys.device)
-        hidden = slots > distance[:, None, :, None]
-        return _product(turned, keys.float()).masked_fill(hidden, float("-inf"))
+
+def _scores(queries: Tensor, keys: Tensor, distance: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Masked scores, float32 [tiles, num_heads, TILE_ROWS, block_size].
+
+    queries float32 [tiles, num_heads, TILE_ROWS, head_dim]; keys [tiles, num_heads, head_dim,
+    block_size]; distance int64 [tiles, TILE_ROWS], from the base of the tile's page to the row; cos
+    and sin [tiles, TILE_ROWS, rotary_dim / 2], the turns of that distance.
+    """
+    turned = rotate(queries, cos[:, None], sin[:, None])
+    slots = torch.arange(keys.shape[-1], device=keys.device)
+    hidden = slots > distance[:, None, :, None]
+    return _product(turned, keys.float()).masked_fill(hidden, float("-inf"))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

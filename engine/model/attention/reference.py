@@ -25,29 +25,43 @@ class ReferenceBackend(AttentionBackend):
         """See AttentionBackend.forward."""
         heads, dim = self.config.num_heads, self.config.head_dim
         query, key, value = qkv.view(-1, 3, heads, dim).unbind(1)
-        self._store(layer, key, value, metadata.slot_mapping.tolist())
+        profiles = metadata.profiles.tolist()
 
         out = torch.empty_like(query)
         starts = metadata.query_start.tolist()
         positions = metadata.positions.tolist()
         for seq, (start, end) in enumerate(pairwise(starts)):
+            table = self.profiles.keys(profiles[seq], layer)
+            rows = slice(start, end)
+            slots = metadata.slot_mapping[rows].tolist()
+            self._store(layer, key[rows], value[rows], slots, table)
+        for seq, (start, end) in enumerate(pairwise(starts)):
+            table = self.profiles.queries(profiles[seq], layer)
             count = int(metadata.num_blocks[seq])
             blocks = metadata.block_tables[seq, :count].tolist()
             bases = metadata.bases[seq, :count].tolist()
             for row in range(start, end):
-                out[row] = self._attend(layer, query[row], positions[row], blocks, bases)
+                out[row] = self._attend(layer, query[row], positions[row], blocks, bases, table)
         return out.reshape(-1, heads * dim)
 
-    def _store(self, layer: int, key: Tensor, value: Tensor, slots: list[int]) -> None:
+    def _store(
+        self, layer: int, key: Tensor, value: Tensor, slots: list[int], table: RotaryTable
+    ) -> None:
         """Write key and value [num_rows, num_heads, head_dim] to their slots."""
         for row, slot in enumerate(slots):
             block, offset = divmod(slot, self.cache.block_size)
-            cos, sin = self.table.cos[offset], self.table.sin[offset]
+            cos, sin = table.cos[offset], table.sin[offset]
             self.cache.keys[layer][block, :, :, offset] = rotate(key[row], cos, sin)
             self.cache.values[layer][block, :, offset, :] = value[row]
 
     def _attend(
-        self, layer: int, query: Tensor, position: int, blocks: list[int], bases: list[int]
+        self,
+        layer: int,
+        query: Tensor,
+        position: int,
+        blocks: list[int],
+        bases: list[int],
+        table: RotaryTable,
     ) -> Tensor:
         """Output [num_heads, head_dim], float64, of one query [num_heads, head_dim]."""
         scores, values = [], []
@@ -56,7 +70,7 @@ class ReferenceBackend(AttentionBackend):
             if visible <= 0:
                 continue
             distance = position - base
-            turned = rotate(query.float(), self.table.cos[distance], self.table.sin[distance])
+            turned = rotate(query.float(), table.cos[distance], table.sin[distance])
             keys = self.cache.keys[layer][block, :, :, :visible].double()
             scores.append(torch.einsum("hd,hds->hs", turned.double(), keys))
             values.append(self.cache.values[layer][block, :, :visible].double())

@@ -7,10 +7,12 @@ from engine.errors import ConfigError
 from engine.model.attention.base import AttentionBackend, KVCache
 from engine.model.attention.cpu import CPUBackend, KernelUnavailableError
 from engine.model.attention.plain import TorchBackend
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
 
 
-def select_backend(config: ModelConfig, table: RotaryTable, cache: KVCache) -> AttentionBackend:
+def select_backend(
+    config: ModelConfig, profiles: ProfileTables, cache: KVCache
+) -> AttentionBackend:
     """The fastest backend for the device and shape of a cache.
 
     Its name is a line for people: "cpu-avx512", or "torch (why not the kernel)".
@@ -18,9 +20,9 @@ def select_backend(config: ModelConfig, table: RotaryTable, cache: KVCache) -> A
     obstacle = "the compiled kernel is for the CPU"
     if cache.keys[0].device.type == "cpu":
         try:
-            return CPUBackend(config, table, cache)
+            return CPUBackend(config, profiles, cache)
         except (KernelUnavailableError, ConfigError) as error:
             obstacle = str(error)
-    backend = TorchBackend(config, table, cache)
+    backend = TorchBackend(config, profiles, cache)
     backend.name = f"torch ({obstacle})"
     return backend

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from engine.config import RopeScaling
 from engine.errors import ConfigError
 from engine.model.rope import RopeProfile, inverse_frequencies
+from engine.scaling import RopeScaling
 
 CASES = [(64, 10_000.0, 1024), (32, 10_000.0, 2048), (128, 500_000.0, 8192), (16, 100.0, 192)]
 FACTORS = [1.0, 1.5, 4.0, 32.0]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import RopeScaling
 from engine.model.rope import RopeProfile, RotaryTable, inverse_frequencies, rotate
+from engine.scaling import RopeScaling
 
 DIM, ROTARY, CONTEXT, BASE, PAGE = 48, 32, 1024, 10_000.0, 64
 SCALINGS = {

@@ -1,5 +1,5 @@
 """Scheduler and pool through random lives: arrivals, aborts, timeouts, priorities, shared prefixes,
-shifts, suspects and tiny pools. What the pages hold is played along, token by token."""
+shifts, suspects, rotations and tiny pools. What the pages hold is played along, token by token."""
 
 from __future__ import annotations
 
@@ -20,21 +20,36 @@ from engine.request import (
     SamplingParams,
     Window,
 )
+from engine.scaling import RopeScaling
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.profiles import ProfileRows
 from engine.scheduling.scheduler import Scheduler
 
 SIZE = 4
 WINDOW = Window(SIZE, 3)
 MAX_PREEMPTIONS = 2
+TRAINED = 9
+OWN = RopeScaling(type="yarn", factor=2)
+ROPES = (
+    *[None] * 5,
+    OWN,
+    RopeScaling(type="linear", factor=2),
+    RopeScaling(type="dynamic", factor=2),
+    RopeScaling(type="dynamic", factor=3, original_context=5),
+    RopeScaling(type="ntk", factor=3),  # what the first dynamic one becomes
+)
 
 
 class Lives(RuleBasedStateMachine):
     """One scheduler, from its first request to its last."""
 
     @initialize(
-        num_blocks=st.integers(3, 14), max_num_seqs=st.integers(1, 5), extra=st.integers(0, 12)
+        num_blocks=st.integers(3, 14),
+        max_num_seqs=st.integers(1, 5),
+        extra=st.integers(0, 12),
+        rows=st.integers(2, 4),
     )
-    def begin(self, num_blocks: int, max_num_seqs: int, extra: int) -> None:
+    def begin(self, num_blocks: int, max_num_seqs: int, extra: int, rows: int) -> None:
         self.now = 0.0
         self.pool = BlockPool(num_blocks, SIZE)
         config = SchedulerConfig(
@@ -42,7 +57,9 @@ class Lives(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + extra,
             max_preemptions=MAX_PREEMPTIONS,
         )
-        self.scheduler = Scheduler(config, self.pool, lambda: self.now)
+        self.profiles = ProfileRows(OWN, TRAINED, rows)
+        self.scheduler = Scheduler(config, self.pool, lambda: self.now, self.profiles)
+        self.tables: dict[int, tuple[RopeScaling, int]] = {}  # what the runner was told of rows
         self.alive: dict[str, Request] = {}
         self.seen: dict[str, list[int]] = {}
         self.content: dict[tuple[int, int], object] = {}  # (block, offset) -> what was computed
@@ -58,6 +75,7 @@ class Lives(RuleBasedStateMachine):
         shift=st.booleans(),
         suspect=st.sampled_from([False] * 5 + [True]),
         done=st.integers(0, 5),
+        rope=st.sampled_from(ROPES),
     )
     def add(
         self,
@@ -70,6 +88,7 @@ class Lives(RuleBasedStateMachine):
         shift: bool,
         suspect: bool,
         done: int,
+        rope: RopeScaling | None,
     ) -> None:
         """done: tokens that it had in an earlier engine."""
         capacity = self.pool.num_blocks * SIZE
@@ -82,7 +101,7 @@ class Lives(RuleBasedStateMachine):
         request = Request(
             f"r{self.count}",
             prompt,
-            SamplingParams(),
+            SamplingParams(rope=rope),
             seed=0,
             max_tokens=max_tokens,
             stop_token_ids=frozenset(),
@@ -143,6 +162,12 @@ class Lives(RuleBasedStateMachine):
 
     def compute(self, output: SchedulerOutput) -> None:
         """Play the model: write what every row leaves, then read what it sees."""
+        for each in output.profiles:
+            self.tables[each.row] = (each.scaling, each.num_positions)
+        for item in output.scheduled:
+            scaling, extent = self.tables[item.request.profile]
+            assert scaling == item.request.scaling == expected_scaling(item.request)
+            assert item.position + item.num_tokens <= extent
         for item in output.scheduled:
             assert item.start == item.request.num_computed_tokens
             for step in range(item.num_tokens):
@@ -170,14 +195,18 @@ class Lives(RuleBasedStateMachine):
         if self.scheduler.stats.running == config.max_num_seqs:
             return
         assert output.scheduled or not self.scheduler.has_unfinished
-        quota_fits = True
+        quota_fits = row_left = True
         for request in self.scheduler._waiting:
+            if not self.profiles.is_own(request):
+                row_left = row_left and self.profiles.has_room(request)
+                if not row_left:  # those of the model's own rotation may pass
+                    continue
             if self.scheduler._must_pin(request):
                 quota_fits = quota_fits and self.scheduler._quotas_fit(request)
                 if not quota_fits:  # others may pass
                     continue
-            pages = self.scheduler._known_pages(request)
-            missing = self.scheduler._missing_blocks(request) - len(pages)
+            pages = self.scheduler.tables.known_pages(request)
+            missing = self.scheduler.tables.missing(request) - len(pages)
             assert missing > self.pool.num_free_without(pages)
             return
 
@@ -201,8 +230,12 @@ class Lives(RuleBasedStateMachine):
             assert held_tokens < each.num_tokens + SIZE
             if each.window is not None:
                 assert len(each.block_table) <= WINDOW.num_blocks
-            pinned += self.scheduler._quota(each) if each.pinned else 0
+            pinned += self.scheduler.tables.quota(each) if each.pinned else 0
         assert pinned <= self.pool.num_blocks
+        running = [each for each in self.alive.values() if each.status is RequestStatus.RUNNING]
+        rows = {each.profile: each.scaling for each in running}
+        assert all(rows[each.profile] == each.scaling for each in running)
+        assert self.profiles.num_in_force == len({0, *rows})
 
     def teardown(self) -> None:
         """Everything ends, and nothing is left."""
@@ -217,6 +250,15 @@ class Lives(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_blocks
         assert self.scheduler._deadlines == []
         assert self.scheduler._suspects == []
+        assert self.profiles.num_in_force == 1
+
+
+def expected_scaling(request: Request) -> RopeScaling:
+    """By the length alone, whatever happened before."""
+    length = request.num_tokens
+    if request.window is not None:
+        length = min(length, WINDOW.num_blocks * SIZE)
+    return (request.params.rope or OWN).in_force(length, TRAINED)
 
 
 def what(request: Request, index: int) -> object:

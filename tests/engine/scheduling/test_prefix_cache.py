@@ -6,12 +6,13 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import Request, RequestOptions, SamplingParams
+from engine.scaling import UNSCALED
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix_cache import PrefixCache
 from engine.scheduling.scheduler import Scheduler
 from tests.engine.scheduling.test_scheduler import make, shape, step
 
-ORIGIN = (0, "")
+ORIGIN = (UNSCALED, "")
 
 
 def request(name: str, tokens: list[int], max_tokens: int = 2, salt: str = "") -> Request:
@@ -72,7 +73,7 @@ def test_same_tokens_behind_other_tokens_are_another_page() -> None:
     assert first is not None
     cache.insert(first, [7, 7], 1)
     assert cache.match(ORIGIN, [7, 7, 7, 7], 2, 2) == []
-    assert cache.match((0, "salt"), [1, 2], 2, 1) == []
+    assert cache.match((UNSCALED, "salt"), [1, 2], 2, 1) == []
     assert cache.match((1, ""), [1, 2], 2, 1) == []
 
 

@@ -18,9 +18,10 @@ from engine.model.attention.cpu import (
 )
 from engine.model.attention.plain import TorchBackend
 from engine.model.attention.reference import ReferenceBackend
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
+from engine.scaling import UNSCALED, RopeScaling
 
-MakeBackend = Callable[[ModelConfig, RotaryTable, KVCache], AttentionBackend]
+MakeBackend = Callable[[ModelConfig, ProfileTables, KVCache], AttentionBackend]
 Chunk = tuple[int, int, int]
 """A sequence and its positions first .. end - 1."""
 
@@ -34,7 +35,7 @@ def make_backend(request: pytest.FixtureRequest) -> MakeBackend:
         return TorchBackend
     if request.param not in supported_variants():  # nothing compiled: an error, not a skip
         pytest.skip(f"this machine has no {request.param}")
-    return lambda config, table, cache: CPUBackend(config, table, cache, variant=request.param)
+    return lambda config, tables, cache: CPUBackend(config, tables, cache, variant=request.param)
 
 
 def attention_config(num_heads: int, head_dim: int, rotary_dim: int) -> ModelConfig:
@@ -60,6 +61,9 @@ class Sequences:
     qkv: tuple[Tensor, ...]
     tables: tuple[list[int], ...]
     shift: int = 0  # what is added to every base and position
+    scalings: tuple[RopeScaling, ...] = (UNSCALED,)  # by row of the profiles
+    profiles: tuple[int, ...] = ()  # by sequence; none: all have row 0
+    learned: Tensor | None = None
 
     @classmethod
     def random(
@@ -96,7 +100,13 @@ class Sequences:
         )
         for pages in (*cache.keys, *cache.values):
             pages.fill_(stale)
-        return make(self.config, RotaryTable.for_model(self.config), cache)
+        tables = ProfileTables(
+            self.config, self.block_size, num_rows=len(self.scalings), learned=self.learned
+        )
+        backend = make(self.config, tables, cache)
+        for row, scaling in enumerate(self.scalings):
+            backend.put_profile(row, scaling, self.config.max_position)
+        return backend
 
     def reference(self) -> AttentionBackend:
         return self.build(ReferenceBackend)
@@ -127,6 +137,10 @@ class Sequences:
             block_tables=tables,
             bases=bases,
             num_blocks=torch.tensor(counts, dtype=torch.int32),
+            profiles=torch.tensor(
+                [self.profiles[seq] if self.profiles else 0 for seq, _, _ in chunks],
+                dtype=torch.int32,
+            ),
         )
 
     def whole(self) -> list[Chunk]:

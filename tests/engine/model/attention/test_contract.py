@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from engine.model.attention.base import AttentionMetadata
 from engine.model.attention.reference import NaiveAttention
+from engine.model.profiles import ProfileTables
 from engine.model.rope import RotaryTable
+from engine.scaling import UNSCALED, RopeScaling
 from tests.engine.model.attention.steps import (
     Chunk,
     MakeBackend,
@@ -176,9 +178,56 @@ def test_pages_may_have_gaps_between_them(make_backend: MakeBackend) -> None:
             block_tables=chunk.block_tables,
             bases=torch.tensor([[0, 97, 258]], dtype=torch.int32),
             num_blocks=chunk.num_blocks,
+            profiles=chunk.profiles,
         )
         results.append(backend.forward(0, sequences.rows([(0, 184, 192)]), gapped))
     assert_close(*results)
+
+
+SCALINGS = (
+    UNSCALED,
+    RopeScaling(type="xpos", factor=2),
+    RopeScaling(type="yarn", factor=4),
+    RopeScaling(type="ntk", factor=4),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [0, 1])
+def test_profiles_in_one_step(make_backend: MakeBackend, layers: int, dtype: torch.dtype) -> None:
+    """As the reference, and each sequence as if it were alone, to the bit."""
+    config = replace(
+        attention_config(2, 64, 32), learned_frequencies="per_layer" if layers else "none"
+    )
+    sequences = replace(
+        Sequences.random(config, LENGTHS, 64, dtype),
+        scalings=SCALINGS[: 2 if layers else 4],
+        profiles=(1, 0, 1, 0, 1, 1) if layers else (1, 0, 2, 3, 2, 1),
+        learned=torch.rand(1, 16, dtype=torch.float64) if layers else None,
+    )
+    reference, backend = sequences.reference(), sequences.build(make_backend)
+    expected = sequences.forward(reference, sequences.whole())
+    together = sequences.forward(backend, sequences.whole())
+    assert_close(together, expected)
+    assert torch.equal(backend.cache.keys[0], reference.cache.keys[0])
+    alone = [sequences.forward(backend, [chunk]) for chunk in sequences.whole()]
+    assert torch.equal(torch.cat(alone), together)
+
+
+def test_tables_have_the_same_bits_however_they_grew() -> None:
+    config = attention_config(1, 20, 10)
+    grown, whole = (ProfileTables(config, 16, num_rows=2) for _ in range(2))
+    for scaling in (SCALINGS[1], SCALINGS[2]):
+        for extent in (1, 1025, 1500, 5000):
+            grown.put(1, scaling, extent)
+        whole.put(1, scaling, 5000)
+        for one, other in (
+            (grown.queries(1, 0), whole.queries(1, 0)),
+            (grown.keys(1, 0), whole.keys(1, 0)),
+        ):
+            assert torch.equal(one.cos, other.cos)
+            assert torch.equal(one.sin, other.sin)
+    assert len(whole.queries(1, 0).cos) >= 5000
 
 
 def test_scores_of_any_size_stay_finite(make_backend: MakeBackend) -> None:

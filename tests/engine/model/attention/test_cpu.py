@@ -27,7 +27,7 @@ def kernel(sequences: Sequences) -> cpu.CPUBackend:
 
 def test_an_unknown_variant_is_refused(kernel: cpu.CPUBackend) -> None:
     with pytest.raises(cpu.KernelUnavailableError, match="'mmx' is not among"):
-        cpu.CPUBackend(kernel.config, kernel.table, kernel.cache, variant="mmx")
+        cpu.CPUBackend(kernel.config, kernel.profiles, kernel.cache, variant="mmx")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,8 @@ def _with(metadata: AttentionMetadata, name: str, value: int) -> AttentionMetada
         ("positions", 5),
         ("num_blocks", 3),
         ("query_start", 41),
+        ("profiles", -1),
+        ("profiles", 1),
     ],
 )
 def test_addresses_outside_the_cache_are_refused(

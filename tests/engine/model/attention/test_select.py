@@ -11,14 +11,14 @@ from engine.model.attention import cpu
 from engine.model.attention.base import AttentionBackend, KVCache
 from engine.model.attention.plain import TorchBackend
 from engine.model.attention.select import select_backend
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
 from tests.engine.model.attention.steps import attention_config
 
 
 def chosen(num_heads: int, head_dim: int, device: str = "cpu") -> AttentionBackend:
     config = attention_config(num_heads, head_dim, 16)
     cache = KVCache.allocate(config, 2, 16, torch.float32, device)
-    return select_backend(config, RotaryTable.for_model(config), cache)
+    return select_backend(config, ProfileTables(config, 16, device=device), cache)
 
 
 def test_the_compiled_kernel_is_chosen_and_named() -> None:
