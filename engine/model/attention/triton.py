@@ -18,7 +18,8 @@ from engine.model.attention.base import (
 )
 from engine.model.kernels import attention as kernels
 from engine.model.kernels.common import emulates, padded
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
+from engine.scaling import RopeScaling
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
@@ -62,7 +63,7 @@ class TritonBackend(AttentionBackend):
     def __init__(
         self,
         config: ModelConfig,
-        table: RotaryTable,
+        profiles: ProfileTables,
         cache: KVCache,
         *,
         wide: Tile | None = None,
@@ -72,7 +73,7 @@ class TritonBackend(AttentionBackend):
         are those of decoding by construction (see `find_wide_tile`). num_processors: of the
         device; None: asked from CUDA. Raises ConfigError for shapes that the kernels do not serve.
         """
-        super().__init__(config, table, cache)
+        super().__init__(config, profiles, cache)
         self.dtype = cache.keys[0].dtype
         self._check_shapes()
         self.narrow = narrow_tile(config.head_dim, self.dtype)
@@ -80,7 +81,10 @@ class TritonBackend(AttentionBackend):
         self._device = cache.keys[0].device
         if num_processors is None:
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        self._enough_programs = PROGRAMS_PER_PROCESSOR * num_processors
+        self._enough_programs = max(1, PROGRAMS_PER_PROCESSOR * num_processors)
+        # Addresses of cosines and sines of queries and of keys, by layer and profile.
+        shape = (config.num_layers, profiles.num_rows, 4)
+        self.tables = torch.zeros(shape, dtype=torch.int64, device=self._device)
         head_dim, half = config.head_dim, config.rotary_dim // 2
         self.num_kv_heads = cache.keys[0].shape[1]
         rest = head_dim - 2 * half
@@ -114,6 +118,15 @@ class TritonBackend(AttentionBackend):
                 f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, "
                 f"got {self.config.head_dim}"
             )
+
+    def put_profile(self, row: int, scaling: RopeScaling, num_positions: int) -> None:
+        """See AttentionBackend.put_profile. Graphs that were captured before see it."""
+        super().put_profile(row, scaling, num_positions)
+        addresses = []
+        for layer in range(self.config.num_layers):
+            pair = self.profiles.queries(row, layer), self.profiles.keys(row, layer)
+            addresses.append([each.data_ptr() for table in pair for each in (table.cos, table.sin)])
+        self.tables[:, row] = torch.tensor(addresses, dtype=torch.int64, device=self._device)
 
     def forward(self, layer: int, qkv: Tensor, metadata: AttentionMetadata) -> Tensor:
         """See AttentionBackend.forward."""
@@ -175,13 +188,14 @@ class _TritonStep:
                 f"got {qkv.dtype} {tuple(qkv.shape)}"
             )
         places = _strides(keys, values)
-        self._store(qkv, keys, values, places)
+        self._store(layer, qkv, keys, values, places)
         out = torch.empty(num_rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
         split = self._parts > 1
         rows = num_rows if split else 0
         parts = rows * heads * self._max_blocks
         part_out = torch.empty(parts * dim, dtype=torch.float32, device=qkv.device)
-        part_best, part_total = torch.empty(2, parts, dtype=torch.float32, device=qkv.device)
+        part_best = torch.empty(parts, dtype=torch.float32, device=qkv.device)
+        part_total = torch.empty_like(part_best)
         kernels.attend[(len(self._tile_seq), heads, self._parts)](
             qkv,
             out,
@@ -190,8 +204,8 @@ class _TritonStep:
             part_total,
             keys,
             values,
-            backend.table.cos,
-            backend.table.sin,
+            backend.tables[layer],
+            metadata.profiles,
             self._tile_seq,
             self._tile_start,
             metadata.query_start,
@@ -233,15 +247,18 @@ class _TritonStep:
             )
         return out
 
-    def _store(self, qkv: Tensor, keys: Tensor, values: Tensor, places: tuple[int, ...]) -> None:
+    def _store(
+        self, layer: int, qkv: Tensor, keys: Tensor, values: Tensor, places: tuple[int, ...]
+    ) -> None:
         backend = self._backend
         head_tile = min(16, 1 << (backend.num_kv_heads - 1).bit_length())
         kernels.store[(len(qkv), -(-backend.num_kv_heads // head_tile))](
             qkv,
             keys,
             values,
-            backend.table.cos,
-            backend.table.sin,
+            backend.tables[layer],
+            self._metadata.profiles,
+            self._row_seq,
             self._metadata.slot_mapping,
             qkv.stride(0),
             *places,

@@ -22,12 +22,26 @@ NOTHING = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def turns(tables, profile, kind: tl.constexpr):
+    """Cosines and sines of a profile, of queries (kind 0) or keys (kind 1).
+
+    tables int64 [num_profiles, 4] holds their addresses: a graph reads what stands there when it is
+    replayed.
+    """
+    at = tables + profile * 4 + 2 * kind
+    cos = tl.load(at).to(tl.pointer_type(tl.float32))
+    sin = tl.load(at + 1).to(tl.pointer_type(tl.float32))
+    return cos, sin
+
+
+@triton.jit
 def store(
     qkv,
     keys,
     values,
-    cos,
-    sin,
+    tables,
+    profiles,
+    row_seq,
     slot_mapping,
     qkv_stride,
     key_block,
@@ -57,6 +71,7 @@ def store(
         return
     block = slot // block_size
     offset = slot % block_size
+    cos, sin = turns(tables, tl.load(profiles + tl.load(row_seq + row)), 1)
     dtype = keys.dtype.element_ty
 
     head = tl.program_id(1) * head_tile + tl.arange(0, head_tile)
@@ -96,7 +111,7 @@ def fold(best, total, out, page_best, page_total, page_out):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "max_blocks", "pages_per_program"])
 def attend(
     qkv,
     out,
@@ -105,8 +120,8 @@ def attend(
     part_total,
     keys,
     values,
-    cos,
-    sin,
+    tables,
+    profiles,
     tile_seq,
     tile_start,
     query_start,
@@ -168,6 +183,7 @@ def attend(
     if split:
         end = tl.minimum(end, begin + pages_per_program)
 
+    cos, sin = turns(tables, tl.load(profiles + seq), 0)
     dtype = keys.dtype.element_ty
     query = qkv + row[:, None] * qkv_stride + head * head_dim
     dim = tl.arange(0, half_pad)[None, :]
@@ -199,9 +215,7 @@ def attend(
         key = keys + block * key_block + kv_head * key_head + slot[:, None] * key_slot
         key_first = tl.load(key + dim, mask=dim < half, other=0.0)
         key_second = tl.load(key + half + dim, mask=dim < half, other=0.0)
-        scores = tl.dot(
-            turned_first, tl.trans(loaded(key_first, emulated)), input_precision="ieee"
-        )
+        scores = tl.dot(turned_first, tl.trans(loaded(key_first, emulated)), input_precision="ieee")
         scores = tl.dot(
             turned_second,
             tl.trans(loaded(key_second, emulated)),
@@ -242,7 +256,7 @@ def attend(
         tl.store(to, rounded(result, out.dtype.element_ty, emulated), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def combine(
     out,
     part_out,

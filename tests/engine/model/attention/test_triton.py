@@ -16,7 +16,8 @@ from engine.model.attention import triton as binding
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from engine.model.attention.reference import ReferenceBackend
 from engine.model.attention.triton import Tile, TritonBackend
-from engine.model.rope import RotaryTable
+from engine.model.profiles import ProfileTables
+from engine.scaling import UNSCALED, RopeScaling
 from tests.engine.model.attention.steps import Chunk, Sequences, attention_config
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -115,6 +116,19 @@ def test_pages_may_have_gaps_between_them_and_lie_anywhere() -> None:
     assert torch.equal(results[1], results[2])
 
 
+def test_sequences_may_have_profiles_of_their_own() -> None:
+    """xPos among them, whose tables of queries and keys differ, and learned ones by layer."""
+    sequences = replace(
+        Sequences.random(attention_config(1, 32, 32), [18, 18, 3], 16, F32),
+        scalings=(UNSCALED, RopeScaling(type="xpos"), RopeScaling(type="yarn", factor=4.0)),
+        profiles=(2, 1, 0),
+    )
+    reference, backend = built(sequences, ReferenceBackend), built(sequences, SPLIT)
+    expected = sequences.forward(reference, sequences.whole())
+    assert_close(sequences.forward(backend, sequences.whole()), expected)
+    assert torch.equal(backend.cache.keys[0], reference.cache.keys[0])
+
+
 @pytest.mark.parametrize("make", [JOINED, SPLIT])
 def test_absent_rows_touch_nothing(make: partial[TritonBackend]) -> None:
     """As a graph pads its batch: slot -1, no blocks."""
@@ -135,6 +149,7 @@ def test_absent_rows_touch_nothing(make: partial[TritonBackend]) -> None:
         block_tables=pad(present.block_tables, 0),
         bases=pad(present.bases, 0),
         num_blocks=pad(present.num_blocks, 0),
+        profiles=pad(present.profiles, 0),
     )
     rows = sequences.rows([(0, 18, 19)]).repeat(2, 1)
     actual = backend.forward(0, rows, padded)
@@ -157,7 +172,8 @@ def test_heads_may_share_keys() -> None:
     narrow = KVCache(
         tuple(each[:, :1] for each in pages.keys), tuple(each[:, :1] for each in pages.values)
     )
-    grouped = JOINED(config, RotaryTable.for_model(config), narrow)
+    grouped = JOINED(config, ProfileTables(config, 16), narrow)
+    grouped.put_profile(0, UNSCALED, config.max_position)
     qkv = torch.cat((query.flatten(1), key[:, 0], value[:, 0]), dim=1)
     assert_close(grouped.forward(0, qkv, metadata), expected)
 
