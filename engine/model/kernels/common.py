@@ -11,9 +11,14 @@ MIN_DOT = 16
 """Least size of every side of a tile of tensor cores."""
 
 
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(size: int) -> int:
     """The least power of two that holds `size` and that tensor cores take."""
-    return max(MIN_DOT, triton.next_power_of_2(size))
+    return max(MIN_DOT, next_power_of_2(size))
 
 
 def emulates(dtype: torch.dtype) -> bool:

@@ -1,0 +1,155 @@
+"""The layers of a network on CUDA: products and norms whose rows do not depend on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Activation
+from engine.model.gpt2 import GPT2, MLP
+from engine.model.kernels import norm as norm_kernels
+from engine.model.kernels import product as product_kernels
+from engine.model.kernels.common import emulates, next_power_of_2
+from engine.model.linear import PackedLinear, Product
+
+FEW_ROWS = 32
+"""Up to so many rows a product takes the narrow tile, which reads the weight once for 16 rows."""
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """rows x out elements by one program, `inner` input features at a time."""
+
+    rows: int
+    out: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+WIDE_TILES = (
+    ProductTile(rows=64, out=64, inner=64, num_warps=4, num_stages=3),
+    ProductTile(rows=64, out=64, inner=64, num_warps=2, num_stages=3),
+    ProductTile(rows=32, out=64, inner=64, num_warps=2, num_stages=3),
+)
+"""For many rows, best first: used only where they give the bits of the narrow one."""
+
+
+def narrow_tile(out_features: int) -> ProductTile:
+    """For few rows: many programs, so that all of the device reads the weight."""
+    if out_features <= 1024:
+        return ProductTile(rows=16, out=16, inner=128, num_warps=1, num_stages=4)
+    return ProductTile(rows=16, out=32, inner=128, num_warps=2, num_stages=4)
+
+
+class TritonProduct(Product):
+    """A product in Triton. Its tile depends on the shape of the weight, and where two tiles give
+    the same bits, which is tried, on the number of rows."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        activation: Activation | None,
+        wide: Sequence[ProductTile] = WIDE_TILES,
+    ) -> None:
+        """wide: what to try for many rows."""
+        self._weight = linear.weight.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        self._activation = activation
+        self._out_features, self._in_features = self._weight.shape
+        self.narrow = narrow_tile(self._out_features)
+        self.wide = next((tile for tile in wide if self.gives_the_same(tile)), self.narrow)
+
+    def gives_the_same(self, tile: ProductTile) -> bool:
+        """Whether a tile gives the narrow one's bits, in batches that fill it and that do not."""
+        generator = torch.Generator(device=self._weight.device).manual_seed(0)
+        rows = torch.randn(
+            (2 * tile.rows, self._in_features), generator=generator, device=self._weight.device
+        ).to(self._weight.dtype)
+        expected = self.compute(rows, self.narrow)
+        return all(
+            torch.equal(self.compute(rows[:count], tile), expected[:count])
+            for count in (len(rows), tile.rows + 1, 1)
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See Product."""
+        return self.compute(rows, self.narrow if len(rows) <= FEW_ROWS else self.wide)
+
+    def compute(self, rows: Tensor, tile: ProductTile) -> Tensor:
+        """The product by a given tile."""
+        rows = rows.contiguous()
+        out = torch.empty(
+            (len(rows), self._out_features), dtype=rows.dtype, device=rows.device
+        )
+        grid = (-(-len(rows) // tile.rows), -(-self._out_features // tile.out))
+        product_kernels.product[grid](
+            rows,
+            self._weight,
+            self._weight if self._bias is None else self._bias,
+            out,
+            len(rows),
+            in_features=self._in_features,
+            out_features=self._out_features,
+            has_bias=self._bias is not None,
+            activation=self._activation,
+            tile_rows=tile.rows,
+            tile_out=tile.out,
+            tile_in=tile.inner,
+            emulated=emulates(rows.dtype),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=False,
+        )
+        return out
+
+
+class TritonNorm(nn.Module):
+    """Serves a LayerNorm or RMSNorm over the last dimension. No gradients."""
+
+    def __init__(self, norm: nn.LayerNorm | nn.RMSNorm) -> None:
+        super().__init__()
+        (self.width,) = norm.normalized_shape
+        self.eps = norm.eps
+        self.centred = isinstance(norm, nn.LayerNorm)
+        self.weight = norm.weight
+        self.bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same"""
+        rows = x.reshape(-1, self.width)
+        out = torch.empty_like(rows)
+        if len(rows):
+            norm_kernels.norm[(len(rows),)](
+                rows,
+                rows if self.weight is None else self.weight,
+                rows if self.bias is None else self.bias,
+                out,
+                self.eps,
+                width=self.width,
+                width_pad=next_power_of_2(self.width),
+                centred=self.centred,
+                has_weight=self.weight is not None,
+                has_bias=self.bias is not None,
+                emulated=emulates(rows.dtype),
+                num_warps=4 if self.width > 256 else 1,
+                enable_fp_fusion=False,
+            )
+        return out.view(x.shape)
+
+
+def use_triton(model: GPT2) -> None:
+    """Replace products and norms of a loaded model, in place; it can no longer be trained."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                fused = isinstance(module, MLP) and name == "up"
+                activation = model.config.activation if fused else None
+                setattr(module, name, PackedLinear(child, activation, TritonProduct))
+            elif isinstance(child, nn.LayerNorm | nn.RMSNorm):
+                setattr(module, name, TritonNorm(child))
+        if isinstance(module, MLP):
+            module.activation = nn.Identity()
