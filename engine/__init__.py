@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engine.request import FinishReason as FinishReason
     from engine.request import RequestOptions as RequestOptions
     from engine.request import SamplingParams as SamplingParams
+    from engine.scaling import RopeScaling as RopeScaling
 
 _HOMES = {
     "AsyncEngine": "engine.frontend.client",
@@ -23,6 +24,7 @@ _HOMES = {
     "FinishReason": "engine.request",
     "LLM": "engine.llm",
     "RequestOptions": "engine.request",
+    "RopeScaling": "engine.scaling",
     "RopewayError": "engine.errors",
     "SamplingParams": "engine.request",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "Completion",
     "FinishReason",
     "RequestOptions",
+    "RopeScaling",
     "RopewayError",
     "SamplingParams",
 ]

@@ -136,6 +136,11 @@ class EngineCore:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         model_config = read_config(directory)
+        if model_config.rope.type == "dynamic" and config.scheduler.max_profiles < 2:
+            raise ConfigError(
+                "max_profiles must be at least 2 for a model whose rope.type is dynamic, got "
+                f"{config.scheduler.max_profiles}"
+            )
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())

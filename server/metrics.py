@@ -42,6 +42,7 @@ class EngineCollector(Collector):
                 "Pages that the prefix cache knows, held or not.",
                 stats.blocks_cached,
             ),
+            "rope_profiles": ("Rotations in force, the model's own among them.", stats.profiles),
         }
         counters = {
             "prompt_tokens": ("Prompt tokens taken in, cached ones included.", stats.prompt_tokens),

@@ -56,16 +56,17 @@ def test_greedy_tokens_are_hugging_faces(
     """To the end of the stretched context; theirs without a cache.
 
     Their dynamic factor follows the length that is given: sequences are padded at their end, which
-    no token before it sees, to the length that ours is rounded up to.
+    no token before it sees, to the length that ours is rounded up to. It only ever grows while a
+    model lives, so each sequence gets a new one.
     """
     llm = LLM(directories[0], device="cpu", dtype="float32", block_size=16)
     rope = RopeScaling.from_dict(declared)
     params = SamplingParams(temperature=0, ignore_eos=True, rope=rope)
-    theirs = neox(directories[1], declared)
     prompts: list[str | list[int]] = [some_ids(n, seed=n).tolist() for n in (20, 100)]
     for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
         token_ids = [*prompt, *completion.token_ids]
         assert len(token_ids) == CONTEXT * rope.factor + 1
+        theirs = neox(directories[1], declared)
         first = len(prompt)
         for stretch in (1, 2, 4) if rope.type == "dynamic" else (4,):
             end = min(CONTEXT * stretch, len(token_ids) - 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from weights.formats.description import Description
+from weights.formats.description import FREQUENCIES, Description
 from weights.formats.table import Layout
 
 CODEGEN_SHARDS = 4
@@ -38,6 +38,8 @@ def assemble(description: Description, name: str, layout: Layout, config: ModelC
     tensors = [part.read() for part in description.parts[name]]
     if module in description.format.transposed:
         tensors = [tensor.t() if tensor.dim() == 2 else tensor for tensor in tensors]
+    if name == FREQUENCIES and len(tensors) > 1:
+        return torch.stack(tensors)
     whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return stack_rows(whole, layout, config) if module == "qkv" else whole
 

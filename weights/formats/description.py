@@ -14,10 +14,12 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.gpt2 import GPT2
 from weights.formats.known import FORMATS, UNSUPPORTED, UNSUPPORTED_CODE
-from weights.formats.rotation import from_frequencies
+from weights.formats.rotation import from_frequencies, learned
 from weights.formats.table import MODULES, ROPE_FIELDS, Format, Layout, Setting
 from weights.source import DTYPES, Source, StoredTensor
 
+LEARNED = "learned_frequencies"
+FREQUENCIES = "inv_freq"
 LAYOUT = "qkv_layout"
 """The one declaration that is no field of ModelConfig."""
 
@@ -90,6 +92,7 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     _check_types(description)
     _from_tensors(description)
     _from_frequencies(description)
+    _check_decay(description)
     _settle_rotation(description)
     if chosen.layout is not None or "norm.bias" in description.parts:
         description.note("norm", "layernorm", "the architecture")
@@ -266,10 +269,22 @@ def _from_tensors(description: Description) -> None:
 
 def _from_frequencies(description: Description) -> None:
     """Stored frequencies, where the rotation is open; they must agree with what is said."""
-    if not description.opened:
-        return
     pattern, tensors = re.compile(r".*\b(inv_)?freqs?"), description.source.tensors
     found = {name: tensors[name] for name in tensors if pattern.fullmatch(name)}
+    if description.known.get(LEARNED, "none") != "none":  # a model directory of ours
+        description.parts |= {FREQUENCIES: [found[FREQUENCIES]]} if FREQUENCIES in found else {}
+        return
+    if not description.opened:
+        return
+    if own := learned(found, description.num_layers):
+        why = "stored frequencies, which follow no base"
+        description.parts[FREQUENCIES] = own
+        description.note(LEARNED, "shared" if len(own) == 1 else "per_layer", why)
+        description.note("rope_base", 10_000.0, "not used")
+        description.note("rotary_dim", 2 * own[0].shape[0], why)
+        description.note("pairing", "interleaved", "stored frequencies")
+        description.note("rope_sign", 1, "stored frequencies")
+        return
     for name, value in from_frequencies(found).items():
         if description.known.get(name, value) != value and description.why[name] != "declared":
             raise CheckpointError(
@@ -277,6 +292,16 @@ def _from_frequencies(description: Description) -> None:
                 f"{description.why[name]} {description.known[name]}; declare which is right"
             )
         description.note(name, value, "stored frequencies")
+
+
+def _check_decay(description: Description) -> None:
+    """Older versions of rotary-embedding-torch leave xPos's zeta behind, but not its scale_base."""
+    for name, tensor in description.source.tensors.items():
+        if re.fullmatch(r".*rotary.*\.scale", name) and "rope" not in description.known:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} says xPos, and not its scale_base; declare rope, "
+                'such as {"type": "xpos", "scale_base": 512}, or {"type": "default"} for none'
+            )
 
 
 def _check_types(description: Description) -> None:
@@ -333,7 +358,9 @@ def _check_shapes(description: Description) -> None:
             raise CheckpointError(f"{description.source.path}: what makes {name} is missing")
         module = name.rpartition(".")[0].removeprefix("blocks.").lstrip("0123456789.")
         shape = list(tensor.shape)
-        if len(there) > 1:
+        if name == FREQUENCIES and len(there) > 1:
+            shape = shape[1:]
+        elif len(there) > 1:
             shape[0] //= len(there)
         if module in description.format.transposed and len(shape) == 2:
             shape.reverse()

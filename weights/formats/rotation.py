@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,12 @@ def from_frequencies(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Settings that stored frequencies imply; nothing where there are none.
 
     tensors: names ending in `freqs` (rotary-embedding-torch's parameter, whose pairs are
-    interleaved) or `inv_freq` (a buffer, which says nothing of pairs). Raises CheckpointError where
-    they follow no base, or differ between layers.
+    interleaved) or `inv_freq` (a buffer, which says nothing of pairs), none of them learned. Raises
+    CheckpointError where they follow no base, or differ between layers.
     """
     settings: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values() or len(tensor.shape) != 1 or not tensor.shape[0]:
-            raise CheckpointError(f"{tensor.file}: tensor {name} is no list of frequencies")
+        _check(tensor)
         said: dict[str, Any] = {"rotary_dim": 2 * tensor.shape[0]}
         base = base_of(tensor)
         if base is not None:
@@ -37,6 +37,46 @@ def from_frequencies(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
                     "frequencies that differ by layer are not served"
                 )
     return settings
+
+
+def learned(tensors: Mapping[str, StoredTensor], num_layers: int) -> list[StoredTensor]:
+    """rotary-embedding-torch's parameters that follow no base: learned ones, or others by choice.
+
+    One where all layers share it, else one for each in their order; none where all `freqs` follow
+    one base. Raises CheckpointError where they are neither.
+    """
+    own = {name: tensor for name, tensor in tensors.items() if name.endswith("freqs")}
+    for tensor in own.values():
+        _check(tensor)
+    values = {name: tensor.read() for name, tensor in own.items()}
+    same = all(torch.equal(each, next(iter(values.values()))) for each in values.values())
+    if not own or (same and follows_base(next(iter(own.values())))):
+        return []
+    if same:
+        return [next(iter(own.values()))]
+    layers = {int(match[1]): own[name] for name in own if (match := re.search(r"\.(\d+)\.", name))}
+    lengths = {tensor.shape for tensor in layers.values()}
+    if len(own) != num_layers or sorted(layers) != list(range(num_layers)) or len(lengths) > 1:
+        tensor = next(iter(own.values()))
+        raise CheckpointError(
+            f"{tensor.file}: the frequencies {', '.join(own)} differ, and are not one list of "
+            f"equal length for each of {num_layers} layers"
+        )
+    return [layers[layer] for layer in range(num_layers)]
+
+
+def _check(tensor: StoredTensor) -> None:
+    if tensor.dtype not in DTYPES.values() or len(tensor.shape) != 1 or not tensor.shape[0]:
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is no list of frequencies")
+
+
+def follows_base(tensor: StoredTensor) -> bool:
+    """Whether frequencies are those of some base."""
+    try:
+        base_of(tensor)
+    except CheckpointError:
+        return False
+    return True
 
 
 def base_of(tensor: StoredTensor) -> float | None:
@@ -54,6 +94,6 @@ def base_of(tensor: StoredTensor) -> float | None:
         ):
             return base
     raise CheckpointError(
-        f"{tensor.file}: the frequencies {tensor.name} follow no base: learned, pixel or scaled "
-        "ones are not converted"
+        f"{tensor.file}: the frequencies {tensor.name} follow no base: scaled ones are not "
+        "converted"
     )
