@@ -30,8 +30,8 @@ from engine.messages import (
 )
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
-from engine.model.linear import pack
 from engine.model.loader import load_model, read_config, stored_dtypes
+from engine.model.prepare import prepare
 from engine.model.profiles import ProfileTables
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
@@ -109,15 +109,15 @@ def unsampled_ids(model: ModelConfig, config: EngineConfig) -> list[int]:
     return unused
 
 
-def _notes(directory: Path, dtype: torch.dtype, device: torch.device) -> list[str]:
+def _notes(directory: Path, dtype: torch.dtype, row_invariant: bool) -> list[str]:
     """What a user should know of the way the model is served."""
     notes = []
     stored = stored_dtypes(directory)
     if stored != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in stored))
         notes.append(f"the weights are stored in {names} and were converted")
-    if device.type == "cuda":
-        notes.append("on CUDA the last bits of an answer may depend on the batch, for now")
+    if not row_invariant:
+        notes.append("without Triton the last bits of an answer may depend on the batch")
     return notes
 
 
@@ -144,8 +144,7 @@ class EngineCore:
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        if device.type == "cpu":
-            pack(model)
+        row_invariant = prepare(model, device)
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         try:
             cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
@@ -188,7 +187,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
-            notes=_notes(directory, dtype, device),
+            notes=_notes(directory, dtype, row_invariant),
             suspects=[] if journal is None else journal.suspects,
             poisoned=[] if journal is None else journal.poisoned,
         )

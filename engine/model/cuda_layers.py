@@ -46,34 +46,35 @@ def narrow_tile(out_features: int) -> ProductTile:
 
 
 class TritonProduct(Product):
-    """A product in Triton. Its tile depends on the shape of the weight, and where two tiles give
-    the same bits, which is tried, on the number of rows."""
+    """A product in Triton. Its tile depends on the shape of the weight, and on the number of rows
+    only where two tiles give the same bits, which is tried and not assumed."""
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        activation: Activation | None,
-        wide: Sequence[ProductTile] = WIDE_TILES,
+        self, linear: nn.Linear, activation: Activation | None, wide: ProductTile | None = None
     ) -> None:
-        """wide: what to try for many rows."""
+        """wide: the tile for many rows; None: the narrow one. See `find_wide`."""
         self._weight = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._activation = activation
         self._out_features, self._in_features = self._weight.shape
         self.narrow = narrow_tile(self._out_features)
-        self.wide = next((tile for tile in wide if self.gives_the_same(tile)), self.narrow)
+        self.wide = wide or self.narrow
 
-    def gives_the_same(self, tile: ProductTile) -> bool:
-        """Whether a tile gives the narrow one's bits, in batches that fill it and that do not."""
-        generator = torch.Generator(device=self._weight.device).manual_seed(0)
-        rows = torch.randn(
-            (2 * tile.rows, self._in_features), generator=generator, device=self._weight.device
-        ).to(self._weight.dtype)
+    def find_wide(self, tiles: Sequence[ProductTile]) -> ProductTile:
+        """The first of the tiles that gives the narrow one's bits, in batches that fill it and that
+        do not; else the narrow one."""
+        if not tiles:
+            return self.narrow
+        weight = self._weight
+        generator = torch.Generator(weight.device).manual_seed(0)
+        rows = torch.randn((128, self._in_features), generator=generator, device=weight.device)
+        rows = rows.to(weight.dtype)
         expected = self.compute(rows, self.narrow)
-        return all(
-            torch.equal(self.compute(rows[:count], tile), expected[:count])
-            for count in (len(rows), tile.rows + 1, 1)
-        )
+        for tile in tiles:
+            counts = (len(rows), tile.rows + 1, 1)
+            if all(torch.equal(self.compute(rows[:n], tile), expected[:n]) for n in counts):
+                return tile
+        return self.narrow
 
     def __call__(self, rows: Tensor) -> Tensor:
         """See Product."""
@@ -82,9 +83,7 @@ class TritonProduct(Product):
     def compute(self, rows: Tensor, tile: ProductTile) -> Tensor:
         """The product by a given tile."""
         rows = rows.contiguous()
-        out = torch.empty(
-            (len(rows), self._out_features), dtype=rows.dtype, device=rows.device
-        )
+        out = torch.empty((len(rows), self._out_features), dtype=rows.dtype, device=rows.device)
         grid = (-(-len(rows) // tile.rows), -(-self._out_features // tile.out))
         product_kernels.product[grid](
             rows,
@@ -141,14 +140,25 @@ class TritonNorm(nn.Module):
         return out.view(x.shape)
 
 
-def use_triton(model: GPT2) -> None:
-    """Replace products and norms of a loaded model, in place; it can no longer be trained."""
+def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
+    """Replace products and norms of a loaded model, in place; it can no longer be trained.
+
+    wide: tiles to try for many rows, once for each shape of weight.
+    """
+    found: dict[tuple[int, int], ProductTile] = {}
+
+    def make_product(linear: nn.Linear, activation: Activation | None) -> Product:
+        shape = (linear.in_features, linear.out_features)
+        if shape not in found:
+            found[shape] = TritonProduct(linear, None).find_wide(wide)
+        return TritonProduct(linear, activation, found[shape])
+
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 fused = isinstance(module, MLP) and name == "up"
                 activation = model.config.activation if fused else None
-                setattr(module, name, PackedLinear(child, activation, TritonProduct))
+                setattr(module, name, PackedLinear(child, activation, make_product))
             elif isinstance(child, nn.LayerNorm | nn.RMSNorm):
                 setattr(module, name, TritonNorm(child))
         if isinstance(module, MLP):

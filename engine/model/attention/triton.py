@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from engine.model.attention.base import (
 from engine.model.kernels import attention as kernels
 from engine.model.kernels.common import emulates, padded
 from engine.model.profiles import ProfileTables
-from engine.scaling import RopeScaling
+from engine.scaling import UNSCALED, RopeScaling
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
@@ -102,6 +102,11 @@ class TritonBackend(AttentionBackend):
             "rest_pad": padded(rest) if rest else 0,
         }
 
+    @classmethod
+    def probed(cls, config: ModelConfig, profiles: ProfileTables, cache: KVCache) -> TritonBackend:
+        """With the best of WIDE_TILES that gives the narrow tile's bits on this device."""
+        return cls(config, profiles, cache, wide=find_wide_tile(config, cache))
+
     def _check_shapes(self) -> None:
         """Raise ConfigError for what the kernels do not serve."""
         if self.dtype not in DTYPES:
@@ -141,6 +146,42 @@ class TritonBackend(AttentionBackend):
         """How many pages a program takes, so that the device is full; changes no bit."""
         programs = num_tiles * self.config.num_heads
         return max(1, max_blocks * programs // self._enough_programs)
+
+
+def find_wide_tile(config: ModelConfig, cache: KVCache) -> Tile | None:
+    """The first of WIDE_TILES that gives the bits of the narrow tile, tried on random rows.
+
+    Which hardware instruction multiplies depends on the tile, and no document says that two of them
+    add in the same order.
+    """
+    size, device = cache.block_size, cache.keys[0].device
+    dtype, num_blocks = cache.keys[0].dtype, 160 // size
+    one_layer = replace(config, num_layers=1, learned_frequencies="none", rope=UNSCALED)
+    profiles = ProfileTables(one_layer, size, device=device)
+    num_rows = num_blocks * size
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn((num_rows, 3 * config.hidden_size), generator=generator, device=device)
+    qkv = qkv.to(dtype)
+    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+    blocks = torch.arange(num_blocks, dtype=torch.int32, device=device)[None]
+    metadata = AttentionMetadata(
+        query_start=rows.new_tensor([0, num_rows]),
+        positions=rows,
+        slot_mapping=rows.long(),
+        block_tables=blocks,
+        bases=blocks * size,
+        num_blocks=rows.new_tensor([num_blocks]),
+        profiles=rows.new_zeros(1),
+    )
+
+    def attended(wide: Tile | None) -> Tensor:
+        pages = KVCache.allocate(one_layer, num_blocks, size, dtype, device, dimensions_last=True)
+        backend = TritonBackend(one_layer, profiles, pages, wide=wide)
+        backend.put_profile(0, UNSCALED, num_rows)
+        return backend.forward(0, qkv, metadata)
+
+    expected = attended(None)
+    return next((tile for tile in WIDE_TILES if torch.equal(attended(tile), expected)), None)
 
 
 class _TritonStep:
