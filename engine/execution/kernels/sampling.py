@@ -15,6 +15,7 @@ NO_TOKEN = tl.constexpr(2**31 - 1)
 NOT_FINITE = tl.constexpr(-1)
 """What stands for a token where the logits are NaN or infinite."""
 
+BITS = tl.constexpr(31)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -97,11 +98,11 @@ def sample(
     top_k = tl.load(top_ks + row)
     if (top_k > 0) & (top_k < vocab_size):
         low = tl.full([], 0, tl.int32)
-        for _ in range(31):
+        for _ in range(BITS):
             middle = low + (limit - low) // 2
             count = tl.full([], 0, tl.int32)
             for start in range(0, vocab_size, block):
-                _, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
+                distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
                 count += tl.sum((bits <= middle).to(tl.int32), 0)
             enough = count >= top_k
             limit = tl.where(enough, middle, limit)
@@ -114,7 +115,7 @@ def sample(
             mass += tl.sum(weight(distance, bits, limit), 0)
         needed = top_p * mass
         low = tl.full([], 0, tl.int32)
-        for _ in range(31):
+        for _ in range(BITS):
             middle = low + (limit - low) // 2
             mass = tl.full([], 0.0, tl.float64)
             for start in range(0, vocab_size, block):
