@@ -8,7 +8,7 @@ ARGS ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types unit format install bench clean help
+.PHONY: serve test lint types unit format install bench gpu-check clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -64,6 +64,10 @@ bench: $(VENV)/.installed ## latency and throughput on this machine
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/ropeway bench latency
 	$(BIN)/ropeway bench throughput
+
+# Needs PyTorch for CUDA, Triton, numpy and safetensors in PYTHON; nothing is installed.
+gpu-check: ## with a GPU: check every kernel against float64, measure, compare (PYTHON=, ARGS=)
+	$(PYTHON) -m loadtest.gpu_check $(ARGS)
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info engine/model/attention/*.so

@@ -162,6 +162,7 @@ class Served:
         }
 
     def loop(self, num_seqs: int, max_tokens: int) -> OfflineLoop:
+        """A loop with a cache for so many sequences."""
         return OfflineLoop(
             self.model,
             max_seqs=num_seqs,
@@ -171,6 +172,7 @@ class Served:
         )
 
     def prompts(self, num_seqs: int, length: int) -> Tensor:
+        """Random tokens int64 [num_seqs, length], always the same."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 50257, (num_seqs, length), generator=generator).to(CUDA)
 
@@ -303,9 +305,8 @@ def measure_all(report: Report, repeats: int, batches: Sequence[int]) -> None:
             work = partial(decode_attention, copy, 64, 1024, tile)
             report.measure(f"decode attention, 64 x 1024, {tile}", work)
     for tile in (None, *WIDE_TILES):
-        report.measure(
-            f"prefill attention, 8 x 1024, {tile}", partial(prefill_attention, 8, 1024, tile)
-        )
+        work = partial(prefill_attention, 8, 1024, tile)
+        report.measure(f"prefill attention, 8 x 1024, {tile or 'narrow'}", work)
     for shape in ((768, 2304), (768, 768), (768, 3072), (3072, 768), (768, 50304)):
         for num_rows in (1, 8, 64, 256, 2048):
             name = f"product {shape[0]} to {shape[1]}, {num_rows} rows, ms"

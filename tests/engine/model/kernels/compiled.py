@@ -1,4 +1,4 @@
-"""Compiles the kernels of a bfloat16 model for a GPU by its capability; a line of facts for each."""
+"""Compiles the kernels of a bfloat16 model for a GPU by its capability; a line for each."""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ def test_compiles(capability: int, tmp_path: Path) -> None:
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
     del environment["TRITON_INTERPRET"]
     command = [sys.executable, "-m", "tests.engine.model.kernels.compiled", str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment
+    )
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(": ") for line in done.stdout.splitlines())
     assert set(lines) == {"store", "attend", "attend split", "combine", "product", "norm", "sample"}
