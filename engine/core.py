@@ -30,8 +30,9 @@ from engine.messages import (
 )
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
+from engine.model.linear import pack
 from engine.model.loader import load_model, read_config, stored_dtypes
-from engine.model.prepare import prepare
+from engine.model.on_cuda import prepare_for_cuda
 from engine.model.profiles import ProfileTables
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
@@ -109,15 +110,15 @@ def unsampled_ids(model: ModelConfig, config: EngineConfig) -> list[int]:
     return unused
 
 
-def _notes(directory: Path, dtype: torch.dtype, row_invariant: bool) -> list[str]:
+def _notes(directory: Path, dtype: torch.dtype, obstacle: str | None) -> list[str]:
     """What a user should know of the way the model is served."""
     notes = []
     stored = stored_dtypes(directory)
     if stored != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in stored))
         notes.append(f"the weights are stored in {names} and were converted")
-    if not row_invariant:
-        notes.append("without Triton the last bits of an answer may depend on the batch")
+    if obstacle is not None:
+        notes.append(f"the last bits of an answer may depend on the batch: {obstacle}")
     return notes
 
 
@@ -144,7 +145,11 @@ class EngineCore:
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        row_invariant = prepare(model, device)
+        obstacle = None
+        if device.type == "cpu":
+            pack(model)
+        else:
+            obstacle = prepare_for_cuda(model)
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         try:
             cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
@@ -187,7 +192,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
-            notes=_notes(directory, dtype, row_invariant),
+            notes=_notes(directory, dtype, obstacle),
             suspects=[] if journal is None else journal.suspects,
             poisoned=[] if journal is None else journal.poisoned,
         )

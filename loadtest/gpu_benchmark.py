@@ -228,10 +228,8 @@ def hugging_face(model: GPT2) -> Any:
         parts = tensor.unflatten(0, (3, heads, config.head_dim))
         return parts.transpose(0, 1).flatten(0, 2)
 
-    tensors = {
-        "gpt_neox.embed_in.weight": model.embedding.weight,
-        "embed_out.weight": model.head.weight,
-    }
+    head = "lm_head.weight" if "lm_head.weight" in theirs.state_dict() else "embed_out.weight"
+    tensors = {"gpt_neox.embed_in.weight": model.embedding.weight, head: model.head.weight}
     pairs: list[tuple[str, nn.Module]] = [("gpt_neox.final_layer_norm", model.norm)]
     for at, block in enumerate(model.blocks):
         to = f"gpt_neox.layers.{at}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from engine.config import Activation
-from engine.model.gpt2 import GPT2, MLP
+from engine.model.attention.base import Attention
+from engine.model.gpt2 import GPT2, Block, QKNorm
 from engine.model.kernels import norm as norm_kernels
 from engine.model.kernels import product as product_kernels
 from engine.model.kernels.common import emulates, next_power_of_2
@@ -80,7 +81,12 @@ class TritonProduct(Product):
         """See Product."""
         return self.compute(rows, self.narrow if len(rows) <= FEW_ROWS else self.wide)
 
-    def compute(self, rows: Tensor, tile: ProductTile) -> Tensor:
+    def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
+        """residual [num_rows, out_features] + the product, rounded once."""
+        tile = self.narrow if len(rows) <= FEW_ROWS else self.wide
+        return self.compute(rows, tile, residual.contiguous())
+
+    def compute(self, rows: Tensor, tile: ProductTile, residual: Tensor | None = None) -> Tensor:
         """The product by a given tile."""
         rows = rows.contiguous()
         out = torch.empty((len(rows), self._out_features), dtype=rows.dtype, device=rows.device)
@@ -89,11 +95,13 @@ class TritonProduct(Product):
             rows,
             self._weight,
             self._weight if self._bias is None else self._bias,
+            out if residual is None else residual,
             out,
             len(rows),
             in_features=self._in_features,
             out_features=self._out_features,
             has_bias=self._bias is not None,
+            has_residual=residual is not None,
             activation=self._activation,
             tile_rows=tile.rows,
             tile_out=tile.out,
@@ -119,7 +127,7 @@ class TritonNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same"""
-        rows = x.reshape(-1, self.width)
+        rows = x.reshape(-1, self.width).contiguous()
         out = torch.empty_like(rows)
         if len(rows):
             norm_kernels.norm[(len(rows),)](
@@ -140,26 +148,55 @@ class TritonNorm(nn.Module):
         return out.view(x.shape)
 
 
+class TritonBlock(nn.Module):
+    """Block's computation over rows, with its activation and residuals inside the products."""
+
+    def __init__(self, block: Block, activation: Activation, make_product: MakeProduct) -> None:
+        super().__init__()
+        self.layer = block.layer
+        self.parallel = block.parallel
+        self.norm1 = serve_norm(block.norm1)
+        self.norm2 = serve_norm(block.norm2)
+        self.qk_norm = block.qk_norm
+        self._qkv = make_product(block.qkv, None)
+        self._out = make_product(block.out, None)
+        self._up = make_product(block.mlp.up, activation)
+        self._down = make_product(block.mlp.down, None)
+
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        """[num_rows, hidden_size] -> the same"""
+        qkv = self.qk_norm(self._qkv(self.norm1(x)))
+        attended = self._out.add_to(x, attention(self.layer, qkv))
+        seen = x if self.parallel else attended
+        return self._down.add_to(attended, self._up(self.norm2(seen)))
+
+
+MakeProduct = Callable[[nn.Linear, Activation | None], TritonProduct]
+
+
+def serve_norm(norm: nn.Module) -> nn.Module:
+    """A norm in Triton."""
+    assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+    return TritonNorm(norm)
+
+
 def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
-    """Replace products and norms of a loaded model, in place; it can no longer be trained.
+    """Replace blocks, last norm and head of a loaded model, in place; it can no longer be trained.
 
     wide: tiles to try for many rows, once for each shape of weight.
     """
     found: dict[tuple[int, int], ProductTile] = {}
 
-    def make_product(linear: nn.Linear, activation: Activation | None) -> Product:
+    def make_product(linear: nn.Linear, activation: Activation | None) -> TritonProduct:
         shape = (linear.in_features, linear.out_features)
         if shape not in found:
             found[shape] = TritonProduct(linear, None).find_wide(wide)
         return TritonProduct(linear, activation, found[shape])
 
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                fused = isinstance(module, MLP) and name == "up"
-                activation = model.config.activation if fused else None
-                setattr(module, name, PackedLinear(child, activation, make_product))
-            elif isinstance(child, nn.LayerNorm | nn.RMSNorm):
-                setattr(module, name, TritonNorm(child))
-        if isinstance(module, MLP):
-            module.activation = nn.Identity()
+    for at, block in enumerate(model.blocks):
+        if isinstance(block.qk_norm, QKNorm):
+            block.qk_norm.query = serve_norm(block.qk_norm.query)
+            block.qk_norm.key = serve_norm(block.qk_norm.key)
+        model.blocks[at] = TritonBlock(block, model.config.activation, make_product)
+    model.norm = serve_norm(model.norm)
+    model.head = PackedLinear(model.head, None, make_product)

@@ -1,4 +1,4 @@
-"""Weight products in Triton, with bias and activation: a row's bits do not depend on the batch.
+"""Weight products in Triton, with bias, activation and residual; rows do not depend on the batch.
 
 Every element is one chain of sums over in_features in ascending order, whatever the tile; there is
 no split over them.
@@ -20,7 +20,8 @@ def activated(x, activation: tl.constexpr):
     elif activation == "gelu_tanh":
         angle = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         # 2 log2(e): tanh(a) = 1 - 2 / (exp(2a) + 1), which is right at both ends
-        x = x * (1.0 - tl.math.div_rn(1.0, tl.exp2(angle * 2.8853900817779268) + 1.0))
+        power = tl.exp2(tl.minimum(angle * 2.8853900817779268, 126.0))  # beyond it tanh is 1
+        x = x * (1.0 - tl.math.div_rn(1.0, power + 1.0))
     elif activation == "relu":
         x = tl.maximum(x, 0.0)
     elif activation == "relu2":
@@ -34,19 +35,21 @@ def product(
     rows,
     weight,
     bias,
+    residual,
     out,
     num_rows,
     in_features: tl.constexpr,
     out_features: tl.constexpr,
     has_bias: tl.constexpr,
+    has_residual: tl.constexpr,
     activation: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_out: tl.constexpr,
     tile_in: tl.constexpr,
     emulated: tl.constexpr,
 ):
-    """activation(rows weight^T + bias): rows [num_rows, in_features], weight [out_features,
-    in_features], out [num_rows, out_features], all contiguous.
+    """residual + activation(rows weight^T + bias): rows [num_rows, in_features], weight
+    [out_features, in_features], residual and out [num_rows, out_features], all contiguous.
 
     grid (num_rows / tile_rows, out_features / tile_out), rounded up.
     """
@@ -68,6 +71,8 @@ def product(
     if has_bias:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     total = activated(total, activation)
-    to = out + row[:, None] * out_features + column[None, :]
+    place = row[:, None] * out_features + column[None, :]
     mask = live[:, None] & inside[None, :]
-    tl.store(to, rounded(total, out.dtype.element_ty, emulated), mask=mask)
+    if has_residual:
+        total += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, rounded(total, out.dtype.element_ty, emulated), mask=mask)

@@ -20,7 +20,7 @@ from engine.model.kernels.product import product
 
 ASSEMBLER = Path(nvidia.__file__).parent / "bin" / "ptxas"
 TYPES = {
-    "*bf16": "qkv out keys values rows weight bias logits",
+    "*bf16": "qkv out keys values rows weight bias residual logits",
     "*fp32": "part_out part_best part_total temperatures min_ps",
     "*fp64": "top_ps",
     "*i64": "slot_mapping tables seeds",
@@ -47,7 +47,7 @@ KERNELS = {
     "product": (
         product,
         {"in_features": 768, "out_features": 3072, "has_bias": True, "activation": "gelu"}
-        | {**TILE, "emulated": False},
+        | {**TILE, "has_residual": True, "emulated": False},
         2,
     ),
     "norm": (
