@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,10 +73,9 @@ class PagedCase:
 
     def __init__(self, num_seqs: int, context: int, rows_each: int, block_size: int = 64) -> None:
         """rows_each: 1 decodes, context computes the whole prompt."""
-        self.config = gpt2_124m()
+        self.config = replace(gpt2_124m(), num_layers=1)
         pages = -(-context // block_size)
-        cache = KVCache.allocate(self.config, num_seqs * pages, block_size, BF16, CUDA)
-        self.cache = KVCache(cache.keys[:1], cache.values[:1])
+        self.cache = KVCache.allocate(self.config, num_seqs * pages, block_size, BF16, CUDA)
         for each in (*self.cache.keys, *self.cache.values):
             each.normal_()
         self.profiles = ProfileTables(self.config, block_size, device=CUDA)

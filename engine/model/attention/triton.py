@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
@@ -181,7 +182,13 @@ def find_wide_tile(config: ModelConfig, cache: KVCache) -> Tile | None:
         return backend.forward(0, qkv, metadata)
 
     expected = attended(None)
-    return next((tile for tile in WIDE_TILES if torch.equal(attended(tile), expected)), None)
+    for tile in WIDE_TILES:
+        try:
+            if torch.equal(attended(tile), expected):
+                return tile
+        except OutOfResources:  # wide heads in float32 need more memory than a processor has
+            continue
+    return None
 
 
 class _TritonStep:
