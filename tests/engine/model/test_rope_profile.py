@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 
 from engine.errors import ConfigError
 from engine.model.rope import RopeProfile, inverse_frequencies
-from engine.scaling import RopeScaling
+from engine.scaling import SCALING_OPTIONS, RopeScaling
 
 CASES = [(64, 10_000.0, 1024), (32, 10_000.0, 2048), (128, 500_000.0, 8192), (16, 100.0, 192)]
 FACTORS = [1.0, 1.5, 4.0, 32.0]
@@ -172,3 +173,37 @@ def test_page_growth_is_bounded() -> None:
     assert float(magnitude.max()) == pytest.approx((0.4 / 1.4) ** (-63 / 512), rel=1e-6)
     assert float(magnitude.max()) < 1.17
     assert float(queries.cos.abs().max()) < 1e-6
+
+
+EXTREMES: dict[str, list[object]] = {
+    "factor": [1, 4, 2**31],
+    "original_context": [None, 2, 2**31 - 1],
+    "beta_slow": [1.1e-6, 9e5],
+    "beta_fast": [32, 1e6],
+    "truncate": [True, False],
+    "ramp": ["dimension", "rotations"],
+    "attention_factor": [None, 1e-320, 1e3],
+    "low_freq_factor": [1.1e-6, 1],
+    "high_freq_factor": [4, 1e6],
+    "scale_base": [16, 1e308],
+}
+
+
+@pytest.mark.parametrize("kind", SCALING_OPTIONS)
+def test_whatever_a_request_may_ask_for_has_finite_tables(kind: str) -> None:
+    """A request must not be able to stop the engine, nor to fill pages with NaN."""
+    built = 0
+    for values in product(*(EXTREMES[name] for name in SCALING_OPTIONS[kind])):
+        try:
+            scaling = RopeScaling.from_dict(
+                {"type": kind, **dict(zip(SCALING_OPTIONS[kind], values, strict=True))}
+            )
+        except ConfigError:
+            continue
+        for length in (1, 65_536):
+            profile = build(scaling.in_force(length, 1024), 16, 1e4, 1024)
+            for table in (profile.query_table(8, first=60_000), profile.key_table(64)):
+                assert table.cos.isfinite().all()
+                assert table.sin.isfinite().all()
+            built += 1
+    assert built > 0
