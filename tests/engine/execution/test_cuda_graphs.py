@@ -125,10 +125,10 @@ def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
     config = tiny_config(num_layers=1)
     model = random_model(config)
     naive = NaiveAttention(RotaryTable.for_model(config), config.num_heads)
-    known = [3, 30, 7]
+    known = [3, 30]
     with torch.inference_mode():
         expected = list(known)
-        for _ in range(3):
+        for _ in range(2):
             logits = model.logits(model(torch.tensor(expected), naive))[-1, : config.vocab_size]
             expected.append(int(logits.argmax()))
         use_triton(model, wide=())

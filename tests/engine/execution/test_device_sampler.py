@@ -57,12 +57,12 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("params", PARAMS)
 def test_takes_the_tokens_that_the_host_takes(params: SamplingParams) -> None:
-    logits = torch.randn(6, VOCAB + 3, generator=torch.Generator().manual_seed(1)) * 2
+    logits = torch.randn(4, VOCAB + 3, generator=torch.Generator().manual_seed(1)) * 2
     logits[:, 4] = logits[:, 9]  # ties stay together
-    seeds = [0, 1, 2**63 + 5, 2**64 - 1, 77, 12345]
+    seeds = [0, 2**63 + 5, 2**64 - 1, 12345]
     requests = [request(params, seed, row, row % 2) for row, seed in enumerate(seeds)]
     expected = Sampler(VOCAB, [0, 30]).sample(logits.clone(), requests)
-    tokens = torch.full((6,), -7, dtype=torch.int32)
+    tokens = torch.full((4,), -7, dtype=torch.int32)
     DeviceSampler(VOCAB, [0, 30], "cpu").sample(logits, tensors(requests), tokens)
     assert tokens.tolist() == [token.token_id for token in expected]
 

@@ -11,16 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[4]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles(capability: int, tmp_path: Path) -> None:
+def test_compiles(tmp_path: Path) -> None:
+    """For compute capability 9.0."""
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
     del environment["TRITON_INTERPRET"]
-    command = [sys.executable, "-m", "tests.engine.model.kernels.compiled", str(capability)]
+    command = [sys.executable, "-m", "tests.engine.model.kernels.compiled", "90"]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment
     )
