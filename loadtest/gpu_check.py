@@ -1,6 +1,6 @@
 """`make gpu-check`: what cannot be tried without a GPU, in one run that needs little.
 
-    python -m loadtest.gpu_check [--json FILE] [--no-benchmark]
+    python -m loadtest.gpu_check [--json FILE] [--no-benchmark | --no-checks] [--only TEXT]
     TRITON_INTERPRET=1 python -m loadtest.gpu_check --interpret
 
 from the root of the checkout, where PyTorch >= 2.11 for CUDA, Triton >= 3.6, numpy and safetensors
@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the document to this file as well")
     parser.add_argument("--no-benchmark", action="store_true", help="correctness only")
     parser.add_argument("--no-checks", action="store_true", help="the benchmark only")
+    parser.add_argument("--only", default="", help="parts whose name contains this text")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each generation")
     parser.add_argument("--batches", default="1,8,64,256", help="sequences at once, by commas")
     parser.add_argument(
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         batches = [0]
     if min(batches) < 1 or options.repeats < 1:
         parser.error("--batches and --repeats must be numbers from 1")
-    report = Report(about())
+    report = Report(about(), options.only)
     if not options.no_checks:
         if options.interpret:
             check_all(report, SMALL, lambda work: work)

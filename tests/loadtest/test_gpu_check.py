@@ -60,6 +60,15 @@ def test_a_failure_is_said_and_the_next_part_is_tried(capsys: pytest.CaptureFixt
     assert document["figures"][1] == {"name": "whole", "figure": 1}
 
 
+def test_parts_can_be_chosen_by_name() -> None:
+    report = Report({}, only="norm")
+    report.check("norms", lambda: "good")
+    report.check("products", lambda: "good")
+    report.measure("norm, ms", lambda: {})
+    report.measure("device copy", lambda: {})
+    assert [each["name"] for each in report.checks + report.figures] == ["norms", "norm, ms"]
+
+
 def test_hugging_face_has_the_same_weights() -> None:
     model = random_model(tiny_config())
     naive = NaiveAttention(RotaryTable.for_model(model.config), model.config.num_heads)

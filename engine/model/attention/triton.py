@@ -45,7 +45,9 @@ class Tile:
 def narrow_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """For steps of one row a sequence: the smallest that tensor cores take."""
     warps = 1 if head_dim <= 64 and dtype != torch.float32 else 4
-    return Tile(rows=16, num_warps=warps, num_stages=2)
+    # Wide heads in float32 leave no room for a second page on its way.
+    stages = 1 if head_dim * dtype.itemsize > 512 else 2
+    return Tile(rows=16, num_warps=warps, num_stages=stages)
 
 
 WIDE_TILES = (Tile(64, 4, 2), Tile(32, 2, 2))
