@@ -8,11 +8,12 @@ ARGS ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types unit format install bench gpu-check clean help
+.PHONY: serve test lint types docs unit format install bench gpu-check chaos loadtest lock docker-proof \
+  package-proof ray-proof clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -29,14 +30,15 @@ $(VENV)/.torch: $(VENV)/.created
 	       $(BIN)/pip install --quiet "$(TORCH)"; }; fi
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py engine/model/attention/cpu_kernel.cpp
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard engine/model/*.cpp engine/model/*.h engine/model/attention/*.cpp)
 	@echo "installing ropeway"
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing what the tests need"
-	$(BIN)/pip install --quiet --editable ".[dev,train,bench]"
+	$(BIN)/pip install --quiet --editable ".[dev,train,bench,loadtest,docs]"
+	$(BIN)/pip install --quiet --no-deps litgpt==0.5.13  # its network is an oracle; see docs/dependencies.md
 	@touch $@
 
 install: $(VENV)/.installed ## the virtual environment with ropeway in it
@@ -44,7 +46,7 @@ install: $(VENV)/.installed ## the virtual environment with ropeway in it
 serve: $(VENV)/.installed ## start the server on http://127.0.0.1:8000 (MODEL=, ARGS=)
 	@exec $(BIN)/ropeway serve $(MODEL) $(ARGS)
 
-test: lint types unit ## everything that CI runs
+test: lint types docs unit ## everything that CI runs
 
 lint: $(VENV)/.dev ## ruff: rules and layout
 	$(BIN)/ruff check .
@@ -52,6 +54,9 @@ lint: $(VENV)/.dev ## ruff: rules and layout
 
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## the documentation as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 unit: $(VENV)/.dev ## the tests
 	$(BIN)/pytest -n 2 --dist worksteal -q
@@ -68,6 +73,34 @@ bench: $(VENV)/.installed ## latency and throughput on this machine
 # Needs PyTorch for CUDA, Triton, numpy and safetensors in PYTHON; nothing is installed.
 gpu-check: ## with a GPU: check every kernel against float64, measure, compare (PYTHON=, ARGS=)
 	$(PYTHON) -m loadtest.gpu_check $(ARGS)
+
+chaos: $(VENV)/.installed ## mistreat a server: clients leave, the engine is killed (ARGS=)
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/ropeway bench chaos $(ARGS)
+
+loadtest: $(VENV)/.installed ## load a local server: report in loadtest-report/, exit code by SLO (ARGS=)
+	$(BIN)/pip install --quiet --editable ".[loadtest]"
+	$(BIN)/ropeway loadtest $(ARGS)
+
+docker-proof: ## build the Dockerfile without Docker and try the image (root; ARGS="--target cuda")
+	$(PYTHON) -m proofs.docker $(ARGS)
+
+package-proof: $(VENV)/.dev ## build sdist and wheel, install and serve them from a clean environment
+	$(BIN)/python -m proofs.package $(ARGS)
+
+ray-proof: $(VENV)/.dev ## two replicas on Ray: one killed, both replaced, under load; routing measured
+	$(BIN)/pip install --quiet --editable ".[ray]"
+	$(BIN)/python -m proofs.replicas
+
+# Where PyTorch's CPU wheels are for uv: their index, or a folder (LOCK_TORCH="--find-links DIR").
+LOCK_TORCH ?= --index $(TORCH_INDEX) --index-strategy unsafe-best-match
+LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
+  --generate-hashes --no-emit-find-links --custom-compile-command "make lock"
+
+lock: $(VENV)/.created ## locks/cpu.txt and locks/cuda.txt: every package with its hashes
+	$(BIN)/pip install --quiet uv
+	echo "$(TORCH)+cpu" | $(LOCK) $(LOCK_TORCH) --constraint - --no-emit-package torch -o locks/cpu.txt
+	echo "$(TORCH)" | $(LOCK) --constraint - -o locks/cuda.txt
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info engine/model/attention/*.so

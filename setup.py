@@ -1,8 +1,8 @@
-"""Builds engine/model/attention/_cpu_kernel.so; everything else is in pyproject.toml.
+"""Builds engine/model/_cpu_kernels.so; everything else is in pyproject.toml.
 
-The kernel is compiled once for each instruction set and linked into one library, without an OpenMP
-runtime: torch's own is bound when it is loaded. Where it cannot be compiled the install still
-succeeds, and the server runs on torch operations.
+Each kernel is compiled once for each of its instruction sets, and all are linked into one library,
+without an OpenMP runtime: torch's own is bound when it is loaded. Where it cannot be compiled the
+install still succeeds, and the server runs on torch operations.
 """
 
 import os
@@ -14,12 +14,23 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCE = Path("engine/model/attention/cpu_kernel.cpp")
+ATTENTION = Path("engine/model/attention/cpu_kernel.cpp")
+LINEAR = Path("engine/model/cpu_linear.cpp")
+HEADER = Path("engine/model/cpu_vector.h")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
-VARIANTS = {"generic": []}
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+INSTRUCTIONS = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+}
+KERNELS = {ATTENTION: ["generic"], LINEAR: []}
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS["avx2"] = ["-mavx2", "-mfma"]
-    VARIANTS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+    KERNELS = {
+        ATTENTION: ["generic", "avx2", "avx512"],
+        LINEAR: ["avx2", "avx512", "avx512bf16"],
+    }
 
 
 class BuildKernel(build_ext):
@@ -36,14 +47,17 @@ class BuildKernel(build_ext):
         temporary = Path(self.build_temp)
         for folder in (library.parent, temporary):
             folder.mkdir(parents=True, exist_ok=True)
-        objects = {variant: temporary / f"{SOURCE.stem}_{variant}.o" for variant in VARIANTS}
+        objects = []
         try:
-            for variant, target in objects.items():
-                flags = [*FLAGS, *VARIANTS[variant], f"-DVARIANT={variant}"]
-                self._call([*compiler, *flags, "-c", str(SOURCE), "-o", str(target)])
-            self._call([*compiler, "-shared", "-o", str(library), *map(str, objects.values())])
+            for source, variants in KERNELS.items():
+                for variant in variants:
+                    target = str(temporary / f"{source.stem}_{variant}.o")
+                    flags = [*FLAGS, *INSTRUCTIONS[variant], f"-DVARIANT={variant}"]
+                    self._call([*compiler, *flags, "-c", str(source), "-o", target])
+                    objects.append(target)
+            self._call([*compiler, "-shared", "-o", str(library), *objects])
         except (OSError, subprocess.CalledProcessError) as error:
-            self.warn(f"no CPU kernel: {error}; attention will run on slower torch operations")
+            self.warn(f"no CPU kernels: {error}; the model will run on slower torch operations")
 
     def _call(self, command):
         self.announce(shlex.join(command), level=2)
@@ -51,6 +65,13 @@ class BuildKernel(build_ext):
 
 
 setup(
-    ext_modules=[Extension("engine.model.attention._cpu_kernel", [str(SOURCE)], optional=True)],
+    ext_modules=[
+        Extension(
+            "engine.model._cpu_kernels",
+            [str(source) for source in KERNELS],
+            depends=[str(HEADER)],
+            optional=True,
+        )
+    ],
     cmdclass={"build_ext": BuildKernel},
 )

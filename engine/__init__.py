@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engine.frontend.client import AsyncEngine as AsyncEngine
     from engine.llm import LLM as LLM
     from engine.llm import Completion as Completion
+    from engine.llm import Score as Score
     from engine.request import FinishReason as FinishReason
     from engine.request import RequestOptions as RequestOptions
     from engine.request import SamplingParams as SamplingParams
@@ -27,6 +28,7 @@ _HOMES = {
     "RopeScaling": "engine.scaling",
     "RopewayError": "engine.errors",
     "SamplingParams": "engine.request",
+    "Score": "engine.llm",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "RopeScaling",
     "RopewayError",
     "SamplingParams",
+    "Score",
 ]
 
 

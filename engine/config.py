@@ -17,6 +17,7 @@ QKNorm = Literal["none", "before", "after"]
 LearnedFrequencies = Literal["none", "shared", "per_layer"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["none", "int8"]
 
 SWITCHES = (
     "parallel_residual",
@@ -227,6 +228,8 @@ class EngineConfig:
     """Everything that an engine is made from.
 
     model_dir: a model directory; threads: CPU threads of the engine, None: one per core;
+    quantize: what products compute with instead of dtype; int8: weights with a scale per output,
+    rows with a scale each, exact sums (on a CPU only);
     num_token_ids: one more than the tokenizer's highest id, None: not known; unused_token_ids: ids
     below it that the tokenizer does not have. What the tokenizer does not have is never sampled.
     """
@@ -234,6 +237,7 @@ class EngineConfig:
     model_dir: str
     device: Device = "auto"
     dtype: DType = "auto"
+    quantize: Quantize = "none"
     threads: int | None = None
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -243,5 +247,6 @@ class EngineConfig:
     def __post_init__(self) -> None:
         one_of("device", self.device, get_args(Device))
         one_of("dtype", self.dtype, get_args(DType))
+        one_of("quantize", self.quantize, get_args(Quantize))
         if self.threads is not None:
             at_least("threads", self.threads, 1)

@@ -30,10 +30,10 @@ from engine.messages import (
 )
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
-from engine.model.linear import pack
 from engine.model.loader import load_model, read_config, stored_dtypes
 from engine.model.on_cuda import prepare_for_cuda
 from engine.model.profiles import ProfileTables
+from engine.model.serving import prepare
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import OWN, ProfileRows
@@ -145,11 +145,13 @@ class EngineCore:
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        obstacle = None
         if device.type == "cpu":
-            pack(model)
+            products, obstacle = prepare(model, config.quantize), None
+        elif config.quantize != "none":
+            raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
         else:
             obstacle = prepare_for_cuda(model)
+            products = "triton" if obstacle is None else f"torch ({obstacle})"
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         try:
             cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
@@ -180,6 +182,7 @@ class EngineCore:
             device=device.type,
             dtype=str(dtype).removeprefix("torch."),
             attention=backend.name,
+            products=products,
             num_blocks=num_blocks,
             block_size=block_size,
             kv_bytes=num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype),
@@ -219,6 +222,7 @@ class EngineCore:
                 stop_token_ids=frozenset(message.stop_token_ids),
                 options=message.options,
                 window=message.window,
+                targets=message.targets,
                 output_token_ids=message.output_token_ids,
                 choice=message.choice,
                 suspect=message.suspect,
@@ -236,10 +240,10 @@ class EngineCore:
         if self._journal is not None and step.scheduled:
             request_ids = [item.request.request_id for item in step.scheduled]
             self._journal.begin(request_ids, alone=step.alone)
-        sampled = self._runner.execute(step)
+        result = self._runner.execute(step)
         if self._journal is not None:
             self._journal.end()
-        return self._scheduler.update(step, sampled)
+        return self._scheduler.update(step, result)
 
 
 class EngineLoop:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+import msgspec
+
+from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
 from engine.core import EngineCore
 from engine.errors import InvalidRequest
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineOutput, EngineReady, EngineStats, TokenLogprobs
-from engine.request import FinishReason, RequestOptions, SamplingParams
+from engine.request import FinishReason, RequestOptions, SamplingParams, Window
+from engine.scaling import RopeScaling
 
 
 @dataclass(slots=True)
@@ -30,6 +34,24 @@ class Completion:
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the model thinks of a text.
+
+    logprobs: of token_ids from `first` on, each given all before it that the context holds.
+    """
+
+    token_ids: list[int]
+    first: int
+    logprobs: list[TokenLogprobs]
+    usage: Usage
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability."""
+        return math.exp(-math.fsum(each.logprob for each in self.logprobs) / len(self.logprobs))
+
+
 class LLM:
     """An engine to call. Not for several threads at once."""
 
@@ -40,6 +62,7 @@ class LLM:
         dtype: DType = "auto",
         kv_memory: int | None = None,
         *,
+        quantize: Quantize = "none",
         threads: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
@@ -53,6 +76,7 @@ class LLM:
                 model_dir=str(model_dir),
                 device=device,
                 dtype=dtype,
+                quantize=quantize,
                 threads=threads,
                 cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
                 scheduler=SchedulerConfig(
@@ -141,6 +165,51 @@ class LLM:
         for output, delta, _ in self._run(requests):
             if delta is not None:
                 yield places[output.request_id], delta
+
+    def score(
+        self,
+        texts: Sequence[str | list[int]],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+        rope: RopeScaling | None = None,
+        window: Window | None = None,
+    ) -> list[Score]:
+        """The log-probability of every token of every text from `first` on, batched together.
+
+        The same scheduler, pages and network compute it as would generate the text; a text that is
+        longer than the context needs overflow `shift`. top: likeliest tokens to give beside each.
+        rope: the rotation profile, None: the model's own. window: instead of what `shift` would
+        take, for experiments. Raises RequestError before anything runs, and InvalidRequest where
+        timeout_s is too short.
+        """
+        if isinstance(texts, str):
+            raise InvalidRequest("texts must be a list; for one text pass [text]", "texts")
+        requests = [
+            self._admission.admit_score(
+                next(self._ids), text, options, first=first, top=top, rope=rope
+            )
+            for text in texts
+        ]
+        if window is not None:
+            requests = [msgspec.structs.replace(each, window=window) for each in requests]
+        ended = {output.request_id: output for output, _, _ in self._run(requests)}
+        return [self._score(each, ended[each.request_id]) for each in requests]
+
+    @staticmethod
+    def _score(request: AddRequest, output: EngineOutput) -> Score:
+        assert request.targets is not None
+        if output.scores is None:
+            raise InvalidRequest(
+                f"timeout_s of {request.options.timeout_s} is too short for the text", "timeout_s"
+            )
+        return Score(
+            request.prompt_token_ids + request.targets.token_ids[-1:],
+            request.targets.first + 1,
+            output.scores,
+            Usage.of(request, 0, output.cached_tokens),
+        )
 
     def _admit(
         self, prompt: str | list[int], params: SamplingParams, options: RequestOptions

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
-from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Window
+from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Targets, Window
 from engine.scaling import UNSCALED, RopeScaling
 
 
@@ -16,8 +16,9 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     The seed and max_tokens are settled at admission, so that a request that is added again (after a
     crash, with the output_token_ids it had) goes on as if nothing had happened. window: where it
-    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost. elapsed_s: how
-    long ago it came, where it is added again; suspect: the engine died while it was computed.
+    may outgrow the context, and shifts then; truncated_tokens: what its prompt lost. targets: what
+    is to be scored of it. elapsed_s: how long ago it came, where it is added again; suspect: the
+    engine died while it was computed.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     options: RequestOptions = RequestOptions()
     window: Window | None = None
     truncated_tokens: int = 0
+    targets: Targets | None = None
     output_token_ids: list[int] = []
     choice: int = 0
     elapsed_s: float = 0.0
@@ -61,7 +63,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     index: stream index of the token. token_id: None where the request ended without one, at its
     timeout; then index is that of the token that would have come. queue_seconds: how long the
     request waited for its first step, sent with its first token, as is cached_tokens: tokens of its
-    prompt that were not computed.
+    prompt that were not computed, and scores, of its targets.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
     queue_seconds: float | None = None
     cached_tokens: int = 0
+    scores: list[TokenLogprobs] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -117,6 +120,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     dtype: str
     attention: str
+    products: str
     num_blocks: int
     block_size: int
     kv_bytes: int
@@ -188,3 +192,15 @@ class SampledToken:
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step computed.
+
+    sampled: one token for each scheduled request that samples, in order; scores: by request id, the
+    next targets of those that have some.
+    """
+
+    sampled: Sequence[SampledToken]
+    scores: Mapping[str, list[TokenLogprobs]] = field(default_factory=dict)

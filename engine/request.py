@@ -231,6 +231,7 @@ class Window(msgspec.Struct, frozen=True):
 
     block_size: int
     num_blocks: int
+    num_sinks: int = SINK_BLOCKS
 
     def num_dropped_blocks(self, index: int) -> int:
         """Pages dropped before the token `index` is computed."""
@@ -239,6 +240,17 @@ class Window(msgspec.Struct, frozen=True):
     def chunk_end(self, start: int) -> int:
         """The index up to which tokens from `start` on see the same pages."""
         return (max(start // self.block_size, self.num_blocks - 1) + 1) * self.block_size
+
+
+class Targets(msgspec.Struct, frozen=True):
+    """Tokens whose log-probability is wanted, whatever is sampled.
+
+    token_ids[i] is the one behind the token `first + i` of the prompt, so len(token_ids) rows of
+    the model are scored.
+    """
+
+    first: int
+    token_ids: list[int]
 
 
 class Request:
@@ -261,6 +273,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_remembered_blocks",
+        "num_scored",
         "options",
         "params",
         "pinned",
@@ -274,6 +287,7 @@ class Request:
         "steady_until",
         "stop_token_ids",
         "suspect",
+        "targets",
         "token_ids",
         "turn",
         "window",
@@ -290,13 +304,15 @@ class Request:
         stop_token_ids: frozenset[int],
         options: RequestOptions = RequestOptions(),
         window: Window | None = None,
+        targets: Targets | None = None,
         output_token_ids: list[int] | None = None,
         choice: int = 0,
         arrival: float = 0.0,
         suspect: bool = False,
     ) -> None:
         """window: where it may outgrow the context, and shifts then; num_dropped_blocks: by how
-        many pages it has. output_token_ids: what an earlier engine had generated for it already.
+        many pages it has. targets: what of its prompt is scored, of which the first num_scored
+        are done. output_token_ids: what an earlier engine had generated for it already.
 
         arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
         began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
@@ -316,6 +332,8 @@ class Request:
         self.params = params
         self.options = options
         self.window = window
+        self.targets = targets
+        self.num_scored = 0
         self.seed = seed
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
@@ -355,6 +373,13 @@ class Request:
         if self.window is None:
             return self.num_tokens
         return min(self.num_tokens, self.window.num_blocks * self.window.block_size)
+
+    @property
+    def next_scored(self) -> int | None:
+        """The first token of the prompt behind which a score is missing; None where none is."""
+        if self.targets is None or self.num_scored == len(self.targets.token_ids):
+            return None
+        return self.targets.first + self.num_scored
 
     @property
     def num_output_tokens(self) -> int:

@@ -2,175 +2,105 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import math
-import statistics
-import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from engine import LLM
-from engine.messages import EngineReady
+from engine.config import DType
 from engine.model.loader import read_config
+from loadtest import prefill as prompts
+from loadtest import serve as serving
+from loadtest import startup as starting
+from loadtest import streams as running
+from loadtest import waiting
+from loadtest.chaos import chaos
+from loadtest.client import Unmeasurable
 from loadtest.determinism import Load, compare
-from loadtest.machine import Machine
-from loadtest.workload import Measured, Workload, run_http, run_offline, served
+from loadtest.quality import quality
+from loadtest.report import report
+from loadtest.workload import Workload
 
 app = typer.Typer(
-    help="Measure this machine's latency and throughput, as JSON and as a table.",
+    help="Measure latency, throughput and more on this machine, as JSON and as a table.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
+
+def counts(text: str) -> list[int]:
+    """Numbers from 1, by commas. typer.BadParameter for anything else."""
+    return _numbers(text, 1)
+
+
+def queue_lengths(text: str) -> list[int]:
+    """Numbers from 0, by commas. typer.BadParameter for anything else."""
+    return _numbers(text, 0)
+
+
+def _numbers(text: str, least: int) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        raise typer.BadParameter(f"must be numbers from {least}, by commas, got {text!r}")
+    numbers = [int(part) for part in parts]
+    if min(numbers) < least or len(set(numbers)) != len(numbers):
+        raise typer.BadParameter(f"must be different numbers from {least}, by commas, got {text!r}")
+    return numbers
+
+
 Model = Annotated[Path, typer.Option(help="Model directory.", show_default="the shipped model")]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
-Threads = Annotated[int | None, typer.Option(help="Engine threads.", show_default="one per core")]
+Dtype = Annotated[DType, typer.Option(help="auto: as the server chooses.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Engine threads.", min=1, show_default="one per core")
+]
 Prompt = Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)]
 Output = Annotated[int, typer.Option(help="Tokens generated for each prompt.", min=2)]
 Repeats = Annotated[int, typer.Option(help="Runs of each figure; the median counts.", min=1)]
 Http = Annotated[bool, typer.Option(help="Measure over HTTP too.")]
+Streams = Annotated[
+    Any, typer.Option(parser=counts, metavar="N,N,...", help="Streams at once, by commas.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write JSON here as well as to stdout.")]
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "default"
 
 
-def spread(values: Sequence[float], digits: int = 1) -> dict[str, float]:
-    """Median, least and most."""
-    return {
-        "median": round(statistics.median(values), digits),
-        "min": round(min(values), digits),
-        "max": round(max(values), digits),
-    }
+@contextmanager
+def measuring(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar of so many steps; what cannot be measured ends the command with status 1."""
+    console = Console(stderr=True)
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=total)
+            yield lambda: progress.advance(task)
+    except Unmeasurable as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(1) from error
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def figures(runs: Sequence[Measured]) -> dict[str, Any]:
-    """What several runs of one workload come to."""
-    gaps = [[1000 * gap for gap in run.gaps_s] for run in runs]
-    return {
-        "tokens_per_s": spread([run.tokens_per_s for run in runs]),
-        "decode_tokens_per_s": spread([run.decode_tokens_per_s for run in runs]),
-        "first_token_ms": spread([1000 * statistics.median(run.first_token_s) for run in runs]),
-        "gap_ms_median": spread([statistics.median(each) for each in gaps], 2),
-        "gap_ms_p95": spread([percentile(each, 0.95) for each in gaps], 2),
-    }
-
-
-def read_limit(info: EngineReady, machine: Machine, workload: Workload) -> float | None:
-    """Decode tokens a second if every weight and every cached byte were read at full bandwidth.
-
-    None on CUDA: the bandwidth that was measured is the CPU's.
-    """
-    if info.device != "cpu":
-        return None
-    itemsize = 2 if info.dtype == "bfloat16" else 4
-    page_bytes = info.kv_bytes / info.num_blocks
-    context = workload.prompt_tokens + workload.output_tokens / 2
-    cached = workload.streams * context * page_bytes / info.block_size
-    step = (info.num_parameters * itemsize + cached) / (machine.read_gb_s * 1e9)
-    return workload.streams / step
-
-
-def measure(
+def _streams(
+    command: str,
     model: Path,
-    dtype: str,
+    dtype: DType,
     threads: int | None,
-    workloads: Sequence[Workload],
+    shape: tuple[int, int],
     repeats: int,
     http: bool,
-) -> dict[str, Any]:
-    """Every workload offline, and over HTTP where asked; repeats alternate between the two."""
-    llm = LLM(model, dtype=dtype, threads=threads)  # type: ignore[arg-type]  # checked by LLM
-    info = llm.info
-    machine = Machine.measure(getattr(torch, info.dtype))
-    options = ["--dtype", info.dtype, "--threads", str(info.threads)]
-    results = []
-    console = Console(stderr=True)
-    with ExitStack() as stack:
-        url = stack.enter_context(served(model, options)) if http else None
-        progress = stack.enter_context(Progress(console=console, transient=True))
-        task = progress.add_task("measuring", total=len(workloads) * (repeats + 1))
-        for workload in workloads:
-            runs: dict[str, list[Measured]] = {"offline": []}
-            if url is not None:
-                runs["http"] = []
-            for repeat in range(repeats + 1):
-                offline = run_offline(llm, workload, repeat)
-                over_http = asyncio.run(run_http(url, workload, repeat)) if url else None
-                if repeat:  # the first run warms up
-                    runs["offline"].append(offline)
-                    if over_http is not None:
-                        runs["http"].append(over_http)
-                progress.advance(task)
-            limit = read_limit(info, machine, workload)
-            for path, each in runs.items():
-                result = {"path": path, **asdict(workload), **figures(each)}
-                if limit is not None:
-                    result["read_limit_tokens_per_s"] = round(limit, 1)
-                    share = result["decode_tokens_per_s"]["median"] / limit
-                    result["of_read_limit"] = round(share, 3)
-                results.append(result)
-    return {
-        "model": {"name": info.model, "parameters": info.num_parameters},
-        "engine": {"dtype": info.dtype, "device": info.device, "attention": info.attention},
-        "machine": asdict(machine),
-        "repeats": repeats,
-        "results": results,
-    }
-
-
-def report(title: str, document: dict[str, Any], path: Path | None) -> None:
-    """JSON to standard output, a table to standard error."""
-    text = json.dumps(document, indent=2)
-    print(text)
-    if path is not None:
-        path.write_text(text + "\n")
-    model, machine, engine = document["model"], document["machine"], document["engine"]
-    table = Table(
-        title=f"{title}: {model['name']}, {engine['dtype']}, {machine['threads']} threads, "
-        f"reads {machine['read_gb_s']} GB/s, multiplies {machine['gemm_gflop_s']} GFLOP/s"
-    )
-    for column in (
-        "path",
-        "streams",
-        "tokens/s",
-        "decode tokens/s",
-        "of read limit",
-        "first token ms",
-        "gap ms",
-        "gap ms p95",
-    ):
-        table.add_column(column, justify="left" if column == "path" else "right")
-    for row in document["results"]:
-        table.add_row(
-            row["path"],
-            str(row["streams"]),
-            _ranged(row["tokens_per_s"]),
-            _ranged(row["decode_tokens_per_s"]),
-            f"{100 * row['of_read_limit']:.0f} %" if "of_read_limit" in row else "",
-            _ranged(row["first_token_ms"]),
-            _ranged(row["gap_ms_median"]),
-            _ranged(row["gap_ms_p95"]),
+    streams: Sequence[int],
+    json_file: Path | None,
+) -> None:
+    size = read_config(model).vocab_size
+    workloads = [Workload(count, *shape, size) for count in streams]
+    with measuring(len(workloads) * (repeats + 1)) as progress:
+        content = running.measure(
+            command, model, dtype, threads, workloads, repeats, http, progress
         )
-    Console(stderr=True, width=None if sys.stderr.isatty() else 140).print(table)
-
-
-def _ranged(value: dict[str, float]) -> str:
-    return f"{value['median']} ({value['min']}-{value['max']})"
+    report(content, running.COLUMNS, json_file)
 
 
 @app.command()
@@ -185,9 +115,8 @@ def latency(
     json_file: Json = None,
 ) -> None:
     """One stream: time to the first token, and from token to token."""
-    workload = Workload(1, prompt_tokens, output_tokens, read_config(model).vocab_size)
-    document = measure(model, dtype, threads, [workload], repeats, http)
-    report("latency", {"command": "latency", **document}, json_file)
+    shape = (prompt_tokens, output_tokens)
+    _streams("latency", model, dtype, threads, shape, repeats, http, [1], json_file)
 
 
 @app.command()
@@ -199,20 +128,118 @@ def throughput(
     output_tokens: Output = 128,
     repeats: Repeats = 3,
     http: Http = True,
-    streams: Annotated[str, typer.Option(help="Streams at once, by commas.")] = "1,8,16,32",
+    streams: Streams = "1,8,16,32",
     json_file: Json = None,
 ) -> None:
     """Several streams at once: tokens a second of all together."""
-    try:
-        counts = [int(count) for count in streams.split(",")]
-    except ValueError:
-        counts = [0]
-    if min(counts) < 1:
-        raise typer.BadParameter(f"--streams must be numbers from 1, by commas, got {streams!r}")
-    size = read_config(model).vocab_size
-    workloads = [Workload(count, prompt_tokens, output_tokens, size) for count in counts]
-    document = measure(model, dtype, threads, workloads, repeats, http)
-    report("throughput", {"command": "throughput", **document}, json_file)
+    shape = (prompt_tokens, output_tokens)
+    _streams("throughput", model, dtype, threads, shape, repeats, http, streams, json_file)
+
+
+@app.command()
+def prefill(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    prompt_tokens: Annotated[
+        Any, typer.Option(parser=counts, metavar="N,N,...", help="Tokens of a prompt, by commas.")
+    ] = "128,512",
+    repeats: Repeats = 7,
+    json_file: Json = None,
+) -> None:
+    """Prompts alone, in this process: tokens a second until the first new one."""
+    with measuring(repeats + 1) as progress:
+        content = prompts.measure(model, dtype, threads, prompt_tokens, repeats, progress)
+    report(content, prompts.COLUMNS, json_file)
+
+
+@app.command()
+def serve(
+    url: Annotated[
+        str | None,
+        typer.Option(help="A server of that model that runs already; else one is started."),
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    streams: Streams = "1,8,16,32",
+    prompt_tokens: Prompt = 128,
+    output_tokens: Output = 128,
+    arrival_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of the prompt that arrives; at most the context allows.", min=1),
+    ] = 1000,
+    repeats: Repeats = 3,
+    json_file: Json = None,
+) -> None:
+    """Clients of a server: first tokens, gaps, tokens a second; a long prompt arrives; memory."""
+    with measuring(repeats + 1) as progress:
+        content = serving.measure(
+            model,
+            dtype,
+            threads,
+            url,
+            streams,
+            prompt_tokens,
+            output_tokens,
+            arrival_tokens,
+            repeats,
+            progress,
+        )
+    report(content, serving.COLUMNS, json_file)
+    if memory := content.get("memory"):
+        Console(stderr=True).print(
+            "memory: weights {weight_bytes:,} + cache {cache_bytes:,} + {others_bytes:,} bytes"
+            " = {peak_bytes:,} at most".format(**memory),
+            highlight=False,
+        )
+
+
+@app.command()
+def queue(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    streams: Annotated[int, typer.Option(help="Streams that run.", min=1)] = 32,
+    waiting_requests: Annotated[
+        Any,
+        typer.Option(
+            "--waiting", parser=queue_lengths, metavar="N,N,...", help="Requests that wait."
+        ),
+    ] = "0,100,1000",
+    prompt_tokens: Prompt = 16,
+    output_tokens: Output = 768,
+    repeats: Repeats = 3,
+    json_file: Json = None,
+) -> None:
+    """Whether the streams that run are slowed by the requests that wait."""
+    with measuring(repeats + 1) as progress:
+        content = waiting.measure(
+            model,
+            dtype,
+            threads,
+            streams,
+            waiting_requests,
+            prompt_tokens,
+            output_tokens,
+            repeats,
+            progress,
+        )
+    report(content, waiting.COLUMNS, json_file)
+
+
+@app.command()
+def startup(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    repeats: Repeats = 5,
+    json_file: Json = None,
+) -> None:
+    """From the command to a server that is ready, and to its first token."""
+    with measuring(repeats) as progress:
+        content = starting.measure(model, dtype, threads, repeats, progress)
+    report(content, starting.COLUMNS, json_file)
 
 
 @app.command()
@@ -248,3 +275,7 @@ def determinism(
     )
     if document["differences"]:
         raise typer.Exit(1)
+
+
+app.command()(chaos)
+app.command()(quality)

@@ -52,13 +52,13 @@ def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
         work()
     times = []
     for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         work()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_gb_s() -> float:
@@ -80,7 +80,7 @@ class PagedCase:
             each.normal_()
         self.profiles = ProfileTables(self.config, block_size, device=CUDA)
         self.qkv = torch.randn(num_seqs * rows_each, 3 * 768, device=CUDA, dtype=BF16)
-        int32 = {"dtype": torch.int32, "device": CUDA}
+        int32: dict[str, Any] = {"dtype": torch.int32, "device": CUDA}
         positions = torch.arange(context - rows_each, context, **int32)
         tables = torch.randperm(num_seqs * pages, device=CUDA).to(torch.int32).view(num_seqs, -1)
         slots = tables[:, (positions // block_size).long()].long() * block_size
@@ -138,7 +138,7 @@ def one_product(inputs: int, outputs: int, num_rows: int) -> dict[str, Any]:
     figures = {"cublas": milliseconds(lambda: linear(rows))}
     for tile in (narrow_tile(outputs), *PRODUCT_TILES):
         name = f"{tile.rows}x{tile.out}, {tile.num_warps} warps"
-        figures[name] = milliseconds(lambda tile=tile: served.compute(rows, tile))
+        figures[name] = milliseconds(partial(served.compute, rows, tile))
     return {name: round(value, 4) for name, value in figures.items()}
 
 
@@ -225,12 +225,13 @@ def hugging_face(model: GPT2) -> Any:
 
     def interleaved(tensor: Tensor) -> Tensor:
         """(q, k, v) x heads -> heads x (q, k, v)"""
-        parts = tensor.unflatten(0, (3, heads, config.head_dim))
+        parts = tensor.view(3, heads, config.head_dim, *tensor.shape[1:])
         return parts.transpose(0, 1).flatten(0, 2)
 
     head = "lm_head.weight" if "lm_head.weight" in theirs.state_dict() else "embed_out.weight"
     tensors = {"gpt_neox.embed_in.weight": model.embedding.weight, head: model.head.weight}
-    pairs: list[tuple[str, nn.Module]] = [("gpt_neox.final_layer_norm", model.norm)]
+    pairs: list[tuple[str, Any]] = [("gpt_neox.final_layer_norm", model.norm)]
+    block: Any
     for at, block in enumerate(model.blocks):
         to = f"gpt_neox.layers.{at}"
         pairs += [
@@ -302,9 +303,9 @@ def measure_all(report: Report, repeats: int, batches: Sequence[int]) -> None:
             tile = Tile(16, warps, stages)
             work = partial(decode_attention, copy, 64, 1024, tile)
             report.measure(f"decode attention, 64 x 1024, {tile}", work)
-    for tile in (None, *WIDE_TILES):
-        work = partial(prefill_attention, 8, 1024, tile)
-        report.measure(f"prefill attention, 8 x 1024, {tile or 'narrow'}", work)
+    for wide in (None, *WIDE_TILES):
+        work = partial(prefill_attention, 8, 1024, wide)
+        report.measure(f"prefill attention, 8 x 1024, {wide or 'narrow'}", work)
     for shape in ((768, 2304), (768, 768), (768, 3072), (3072, 768), (768, 50304)):
         for num_rows in (1, 8, 64, 256, 2048):
             name = f"product {shape[0]} to {shape[1]}, {num_rows} rows, ms"

@@ -116,7 +116,7 @@ class Case:
         self.qkv = [torch.randn(n, 3 * width, generator=generator).to(dtype) for n in scale.lengths]
         counts = [-(-n // block_size) for n in scale.lengths]
         self.num_blocks = sum(counts) + 1
-        self.tables = torch.randperm(sum(counts), generator=generator).split(counts)
+        self.tables = torch.randperm(sum(counts), generator=generator).split(counts)  # type: ignore[no-untyped-call]
 
     def backend(self, make: type[ReferenceBackend] | partial[TritonBackend]) -> AttentionBackend:
         """Over zeroed pages; the reference's are on the CPU."""
@@ -147,7 +147,7 @@ class Case:
             device = backend.cache.keys[0].device
             done = backend.forward(0, rows.to(device), self.metadata(chunks, device)).cpu()
             sizes = [end - first for _, first, end in chunks]
-            for (seq, first, end), part in zip(chunks, done.split(sizes), strict=True):
+            for (seq, first, end), part in zip(chunks, torch.split(done, sizes), strict=True):
                 out[seq][first:end] = part
         return torch.cat(out)
 
@@ -157,7 +157,9 @@ class Case:
         counts = [-(-end // size) for _, _, end in chunks]
         tables = torch.zeros(len(chunks), max(counts), dtype=torch.int32)
         bases = torch.zeros_like(tables)
-        starts, positions, slots = [0], [], []
+        starts: list[int] = [0]
+        positions: list[int] = []
+        slots: list[int] = []
         for row, ((seq, first, end), count) in enumerate(zip(chunks, counts, strict=True)):
             tables[row, :count] = self.tables[seq][:count]
             bases[row, :count] = torch.arange(count) * size
@@ -408,15 +410,15 @@ def check_all(report: Report, scale: Scale, recorder: Recorder) -> None:
         # Compiling takes most of the time: every page size in the type that is served only.
         if dtype != torch.bfloat16 and size != scale.block_sizes[-1]:
             continue
-        case = partial(Case, scale, head_dim, rotary_dim, size, dtype)
+        case = Case(scale, head_dim, rotary_dim, size, dtype)
         name = f"{dtype}, head {head_dim}, rotary {rotary_dim}, page {size}".replace("torch.", "")
-        report.check(f"attention: {name}", lambda case=case: attention_agrees(case()))
-        report.check(f"attention's bits: {name}", lambda case=case: attention_is_exact(case()))
+        report.check(f"attention: {name}", partial(attention_agrees, case))
+        report.check(f"attention's bits: {name}", partial(attention_is_exact, case))
     xpos = (UNSCALED, RopeScaling(type="xpos"), RopeScaling(type="yarn", factor=4.0))
     head_dim, rotary_dim = scale.heads[0]
     for dtype in scale.dtypes:
-        case = partial(Case, scale, head_dim, rotary_dim, scale.block_sizes[0], dtype, xpos)
-        report.check(f"attention by profiles: {dtype}", lambda case=case: attention_agrees(case()))
+        case = Case(scale, head_dim, rotary_dim, scale.block_sizes[0], dtype, xpos)
+        report.check(f"attention by profiles: {dtype}", partial(attention_agrees, case))
         report.check(f"wide tiles: {dtype}", partial(wide_tiles, scale, dtype))
         report.check(f"norms: {dtype}", partial(norm_agrees, scale, dtype))
         for shape in scale.products:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class OfflineLoop:
         position = torch.arange(start, end, device=device)
         slots = tables[:, position // self.size].long() * self.size + position % self.size
         bases = torch.arange(blocks, dtype=torch.int32, device=device) * self.size
-        int32 = {"dtype": torch.int32, "device": device}
+        int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
         metadata = AttentionMetadata(
             query_start=torch.arange(len(seqs) + 1, **int32) * count,
             positions=position.to(torch.int32).repeat(len(seqs)),

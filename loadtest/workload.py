@@ -1,21 +1,13 @@
-"""The same streams, offline through the engine and over HTTP, timed token by token."""
+"""The streams of a measurement, and what came of them, token by token."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-
-import aiohttp
 
 from engine import LLM, SamplingParams
 
@@ -29,6 +21,13 @@ class Workload:
     output_tokens: int
     vocab_size: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("streams", "prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.output_tokens < 2:
+            raise ValueError(f"output_tokens must be at least 2, got {self.output_tokens}")
 
     def prompts(self, repeat: int) -> list[list[int]]:
         """Token ids of each stream's prompt; another set for each repeat."""
@@ -52,6 +51,10 @@ class Measured:
         now = time.perf_counter()
         self.arrivals.setdefault(stream, []).extend([now] * count)
         self.seconds = now - self.started
+
+    def of(self, stream: int) -> Callable[[int], None]:
+        """What notes the tokens of one stream."""
+        return lambda count: self.token(stream, count)
 
     @property
     def tokens_per_s(self) -> float:
@@ -92,79 +95,3 @@ def run_offline(llm: LLM, workload: Workload, repeat: int) -> Measured:
     for stream, _ in llm.stream_all(prompts, params):
         measured.token(stream)
     return measured
-
-
-async def run_http(url: str, workload: Workload, repeat: int) -> Measured:
-    """All streams over HTTP, a connection each."""
-    prompts = workload.prompts(repeat)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        measured = Measured()
-        await asyncio.gather(
-            *(
-                _read_stream(session, url, prompt, workload.output_tokens, measured, stream)
-                for stream, prompt in enumerate(prompts)
-            )
-        )
-    for stream, times in measured.arrivals.items():
-        if len(times) != workload.output_tokens:
-            raise RuntimeError(
-                f"stream {stream} had {len(times)} tokens, not {workload.output_tokens}"
-            )
-    return measured
-
-
-async def _read_stream(
-    session: aiohttp.ClientSession,
-    url: str,
-    prompt: list[int],
-    max_tokens: int,
-    measured: Measured,
-    stream: int,
-) -> None:
-    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-    async with session.post(f"{url}/generate", json=body) as response:
-        if response.status != 200:
-            raise RuntimeError(f"{response.status}: {await response.text()}")
-        async for line in response.content:
-            if line.startswith(b"event: token"):
-                measured.token(stream)
-            elif line.startswith(b"event: error"):
-                raise RuntimeError(f"stream {stream} failed: {await response.content.readline()!r}")
-
-
-@contextmanager
-def served(model_dir: Path, options: list[str], timeout: float = 60.0) -> Iterator[str]:
-    """A server of its own on a free port, as a process; yields its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-P", "-m", "server.cli", "serve", str(model_dir)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), *options],
-        stdout=subprocess.DEVNULL,
-        process_group=0,
-    )
-    try:
-        asyncio.run(_wait_ready(url, process, timeout))
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-async def _wait_ready(url: str, process: subprocess.Popen[bytes], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    async with aiohttp.ClientSession() as session:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with status {process.returncode}")
-            try:
-                async with session.get(f"{url}/ready") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientConnectionError:
-                pass
-            await asyncio.sleep(0.05)
-    raise RuntimeError(f"the server was not ready within {timeout} s")

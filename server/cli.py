@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from importlib import metadata, resources
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
 from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
@@ -61,9 +62,24 @@ def model_directory(model: Path | None) -> Path:
     """The directory, or that of the shipped model."""
     directory = Path(str(resources.files("weights") / "default")) if model is None else model
     if not directory.is_dir():
-        fail(f"{directory} is not a model directory", FAILED)
+        hint = ": `ropeway convert` makes one of a checkpoint" if directory.exists() else ""
+        fail(f"{directory} is not a model directory{hint}", FAILED)
     return directory
 
+
+def cache_directory() -> Path:
+    """Where conversions are kept: with what other programs can make anew."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    except RuntimeError as error:
+        fail(f"no directory for conversions: {error}; name one (--cache-dir)", FAILED)
+    return Path(home) / "ropeway"
+
+
+SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
+SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
+TEXT_HELP = "Text like the training text, to score on what the files leave open."
+TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
 
 ModelOption = Annotated[
     Path | None, option(metavar="DIR", help="Model directory.", show_default="the shipped")
@@ -71,6 +87,9 @@ ModelOption = Annotated[
 DeviceOption = Annotated[Device, option(help="Where the model runs.")]
 DTypeOption = Annotated[
     DType, option(help="auto: bfloat16 where the hardware multiplies it, else float32.")
+]
+QuantizeOption = Annotated[
+    Quantize, option(help="int8: weights and the rows they multiply, each with a scale (CPU only).")
 ]
 KvMemoryOption = Annotated[
     int | None,
@@ -106,7 +125,10 @@ def serve(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="MODEL", show_envvar=False, help="Model directory.", show_default="the shipped"
+            metavar="MODEL",
+            show_envvar=False,
+            help="Model directory, or a checkpoint of a known format.",
+            show_default="the shipped",
         ),
     ] = None,
     *,
@@ -114,6 +136,7 @@ def serve(
     port: Annotated[int, option(min=0, max=65535, help="0: any that is free.")] = 8000,
     device: DeviceOption = "auto",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
     kv_memory: KvMemoryOption = None,
     max_num_seqs: Annotated[
         int, option(help="Requests that run at once.")
@@ -141,16 +164,33 @@ def serve(
     max_restarts: Annotated[
         int, option(min=0, help="Restarts in a row of an engine process that died.")
     ] = SERVER.max_restarts,
+    cache_dir: Annotated[
+        Path | None,
+        option(
+            metavar="DIR",
+            help="Where a converted checkpoint is kept for the next start.",
+            show_default="~/.cache/ropeway",
+        ),
+    ] = None,
+    text: TextOption = None,
+    declare: SetOption = None,
 ) -> None:
-    """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest."""
+    """Serve a model over HTTP: POST /generate streams tokens, /docs says the rest.
+
+    A checkpoint that is no model directory is converted first, and kept.
+    """
+    from weights.cache import Wanted, servable  # noqa: PLC0415
+
     began = time.monotonic()
-    directory = model_directory(model)
     with reported():
+        wanted = Wanted(model or model_directory(None), text, declare or ())
+        directory = servable(wanted, cache_dir or cache_directory(), Console(stderr=True))
         tokenizer = Tokenizer.from_directory(directory)
         config = EngineConfig(
             model_dir=str(directory),
             device=device,
             dtype=dtype,
+            quantize=quantize,
             threads=threads,
             cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
             scheduler=SchedulerConfig(
@@ -262,6 +302,7 @@ def generate(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
     kv_memory: KvMemoryOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -284,7 +325,15 @@ def generate(
         # This loads PyTorch, which the other commands do without.
         from engine.llm import LLM  # noqa: PLC0415
 
-        llm = LLM(directory, device, dtype, kv_memory, threads=threads, max_num_seqs=1)
+        llm = LLM(
+            directory,
+            device,
+            dtype,
+            kv_memory,
+            quantize=quantize,
+            threads=threads,
+            max_num_seqs=1,
+        )
         began = time.monotonic()
         moments = []
         if prompt == "-" and sys.stdin is None:
@@ -317,21 +366,26 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings=FORWARD)
-def train(context: typer.Context) -> None:
-    """Train a model of this family, as the shipped one was."""
-    with extra("train"):
-        from weights.train import main as train_main  # noqa: PLC0415
+def loadtest(context: typer.Context) -> None:
+    """Load a server as chatting readers do, find its knee, and leave a report."""
+    with extra("loadtest"), reported():
+        from loadtest.run import app as loadtest_app  # noqa: PLC0415
 
-        train_main(context.args)
+        loadtest_app(context.args, prog_name="ropeway loadtest")
+
+
+@app.command(context_settings=FORWARD)
+def train(context: typer.Context) -> None:
+    """Train a model of this family on a folder of text, as the shipped one was."""
+    with extra("train"), reported():
+        from weights.train_command import app as train_app  # noqa: PLC0415
+
+        train_app(context.args, prog_name="ropeway train")
 
 
 SourceArgument = Annotated[
     Path, typer.Argument(metavar="SRC", show_envvar=False, help="A checkpoint: file or directory.")
 ]
-SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
-SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
-TEXT_HELP = "Text like the training text, to score on what the files leave open."
-TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -28,11 +29,19 @@ class EngineCollector(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """What Prometheus asks for."""
+        """What Prometheus asks for. To be called in the engine's event loop."""
         stats = self._engine.stats
         gauges = {
             "num_requests_running": ("Requests that run.", stats.running),
             "num_requests_waiting": ("Requests that wait for their first step.", stats.waiting),
+            "open_streams": (
+                "Requests that this process has open.",
+                self._engine.num_unfinished,
+            ),
+            "event_loop_tasks": (
+                "Tasks of this process's event loop.",
+                len(asyncio.all_tasks()),
+            ),
             "kv_blocks_used": (
                 "Pages of the cache in use.",
                 stats.blocks_total - stats.blocks_free,

@@ -46,6 +46,7 @@ def show(console: Console, ready: EngineReady, host: str, port: int, seconds: fl
         ("model", f"{ready.model}, {_millions(ready.num_parameters)} parameters"),
         ("context", f"{ready.context:,} tokens"),
         ("device", f"{ready.device}, {ready.dtype}, {ready.threads} threads"),
+        ("products", ready.products),
         ("attention", ready.attention),
         ("cache", cache_line(ready)),
         ("step", f"{ready.max_num_seqs:,} sequences, {ready.max_num_batched_tokens:,} tokens"),

@@ -1,24 +1,19 @@
 """The vocabulary: a byte-level BPE, trained with `tokenizers`, stored as tiktoken ranks.
 
-    python -m weights.bpe --corpus DIR --out MODEL_DIR
-
-Writes MODEL_DIR/tokenizer.tiktoken (a line per token: base64 of its bytes, a space, its rank) and
+That is MODEL_DIR/tokenizer.tiktoken (a line per token: base64 of its bytes, a space, its rank) and
 MODEL_DIR/tokenizer_config.json (split pattern, special tokens).
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from engine.frontend.tokenizer import Tokenizer
-from weights.corpus import read_documents
 from weights.vocabulary import bytes_of_printable
 
 END_OF_TEXT = "<|endoftext|>"
@@ -68,41 +63,3 @@ def write_tokenizer(model_dir: Path, ranks: dict[bytes, int]) -> None:
     (model_dir / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2) + "\n", encoding="utf-8"
     )
-
-
-def _pieces(corpus: Path, repeats: int = 3) -> Iterator[str]:
-    """Training text by paragraphs, the books `repeats` times: they are the smaller part."""
-    for path in sorted((corpus / "train").glob("*.jsonl")):
-        for _ in range(1 if path.stem in ("wikipedia", "speeches") else repeats):
-            for document in read_documents(path):
-                yield from document.splitlines(keepends=True)
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m weights.bpe", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder that weights.corpus wrote"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="model directory to write into")
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, help="tokens, the end of text included"
-    )
-    options = parser.parse_args()
-    tokenizer = train_tokenizer(_pieces(options.corpus), options.vocab_size - 1)
-    write_tokenizer(options.out, ranks_of(tokenizer))
-    stored = Tokenizer.from_directory(options.out)
-    for path in sorted((options.corpus / "heldout").glob("*.jsonl")):
-        texts = read_documents(path)
-        ids = [stored.encode(text) for text in texts]
-        if ids != [tokenizer.encode(text).ids for text in texts]:
-            raise SystemExit(
-                f"tiktoken and tokenizers disagree on {path.name}: the pattern splits differently"
-            )
-        size, count = sum(len(t.encode()) for t in texts), sum(map(len, ids))
-        print(f"{path.stem}: {count:,} tokens, {size / count:.2f} bytes each")
-
-
-if __name__ == "__main__":
-    main()

@@ -111,11 +111,11 @@ and speeches in them are in the public domain in the United States.
 
 ## Training
 
-`python -m weights.train`: {facts.steps:,} steps, {facts.tokens / 1e6:.1f} million tokens,
-{facts.busy_hours:.1f} busy hours of {facts.threads} CPU cores, no accelerator. Muon for the
-matrices of the layers, AdamW for the rest; warm-up, a constant learning rate, and a linear decay to
-zero, towards the end of which windows grow from 256 tokens to the whole context. bfloat16 products,
-float32 weights.
+`ropeway train CORPUS MODEL_DIR --config weights/default.toml`: {facts.steps:,} steps,
+{facts.tokens / 1e6:.1f} million tokens, {facts.busy_hours:.1f} busy hours of {facts.threads}
+CPU cores, no accelerator. Muon for the matrices of the layers, AdamW for the rest; warm-up, a
+constant learning rate, and a linear decay to zero, towards the end of which windows grow from 256
+tokens to the whole context. bfloat16 products, float32 weights.
 
 ![Loss during training](training.png)
 

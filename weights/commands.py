@@ -19,6 +19,7 @@ from weights.convert import Target
 from weights.formats.description import LAYOUT, describe
 from weights.inspect import judge, show_description, show_verdict
 from weights.source import open_source
+from weights.summary import show
 from weights.vocabulary import convert_tokenizer
 
 
@@ -36,14 +37,24 @@ def parse_declarations(pairs: Sequence[str]) -> dict[str, Any]:
             declared[name] = json.loads(value)
         except ValueError:
             declared[name] = value
+        if declared[name] is None:
+            raise CheckpointError(f"--set {pair}: null is no value")
     return declared
 
 
-def _read_text(path: Path | None) -> str | None:
+def read_text(path: Path | None) -> str | None:
+    """What --text names. Raises CheckpointError."""
+    if path is None:
+        return None
     try:
-        return None if path is None else path.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--text {path}: {error}") from error
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"--text {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"--text {path}: is no text in UTF-8: {error}") from error
+    if not text.strip():
+        raise CheckpointError(f"--text {path}: is empty")
+    return text
 
 
 def convert(
@@ -52,8 +63,8 @@ def convert(
     """Write the model directory and show what was done. Raises RopewayError."""
     console = Console(stderr=True)
     values = parse_declarations(declared)
-    converted = conversion.convert(source, destination, to, values, _read_text(text), console)
-    conversion.show(converted, Console())
+    converted = conversion.convert(source, destination, to, values, read_text(text), console)
+    show(converted.summary(), Console())
 
 
 def inspect(source: Path, text: Path | None, declared: Sequence[str]) -> bool:
@@ -75,6 +86,6 @@ def inspect(source: Path, text: Path | None, declared: Sequence[str]) -> bool:
             )
             return False
         tokenizer = Tokenizer.from_directory(Path(folder))
-    verdict = judge(description, tokenizer, _read_text(text), Console(stderr=True))
+    verdict = judge(description, tokenizer, read_text(text), Console(stderr=True))
     show_verdict(verdict, console)
     return verdict.clear

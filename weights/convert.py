@@ -14,7 +14,6 @@ from typing import Any, Literal, cast
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,9 +24,10 @@ from engine.model.loader import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from weights.formats.assembly import all_tensors
 from weights.formats.description import LAYOUT, Description, describe
 from weights.formats.table import Layout
-from weights.inspect import judge
+from weights.inspect import Verdict, judge
 from weights.leave import neox_config, neox_tensors
 from weights.source import open_source
+from weights.summary import SHOWN, Summary
 from weights.vocabulary import END_OF_TEXT, convert_tokenizer
 
 Target = Literal["ropeway", "gpt-neox"]
@@ -39,8 +39,12 @@ Progress = Callable[[Iterable[tuple[str, Tensor]], int], Iterable[tuple[str, Ten
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written. why: where each setting that shapes cannot tell was found."""
+    """What was written. why: where each setting that shapes cannot tell was found.
 
+    verdict: what a text told of what the files leave open, '' where nothing was.
+    """
+
+    source: Path
     directory: Path
     format: str
     config: ModelConfig
@@ -48,6 +52,26 @@ class Converted:
     tokenizer: str
     num_tensors: int
     num_bytes: int
+    verdict: str = ""
+
+    def summary(self) -> Summary:
+        """In words."""
+        config = self.config
+        layers, width, heads = config.num_layers, config.hidden_size, config.num_heads
+        return Summary(
+            source=str(self.source),
+            directory=str(self.directory),
+            format=self.format,
+            shape=f"{layers} layers, {width} wide, {heads} heads",
+            tokenizer=self.tokenizer,
+            num_tensors=self.num_tensors,
+            size=self.num_bytes,
+            settings=[
+                (name, str(getattr(config, name)), self.why.get(name, "the default"))
+                for name in SHOWN
+            ],
+            verdict=self.verdict,
+        )
 
 
 def convert(
@@ -76,7 +100,8 @@ def convert(
     try:
         said = convert_tokenizer(description.source.directory, partial)
         tokenizer = Tokenizer.from_directory(partial) if said else None
-        chosen = settle(description, tokenizer, text, console)
+        verdict = settle(description, tokenizer, text, console)
+        chosen = verdict.best if verdict else {}
         config = description.config(chosen)
         if tokenizer is not None:
             says = "eos_token_id" in description.source.settings
@@ -101,7 +126,15 @@ def convert(
         shutil.rmtree(partial, ignore_errors=True)
     why = description.why | dict.fromkeys(chosen, "scored on text")
     return Converted(
-        directory, description.format.title, config, why, said or "none", written, size
+        path,
+        directory,
+        description.format.title,
+        config,
+        why,
+        said or "none",
+        written,
+        size,
+        verdict.words if verdict else "",
     )
 
 
@@ -110,23 +143,28 @@ def settle(
     tokenizer: Tokenizer | None,
     text: str | None = None,
     console: Console | None = None,
-) -> dict[str, Any]:
-    """Values for what the files leave open. Raises CheckpointError where the text does not tell."""
+) -> Verdict | None:
+    """What a text tells of what the files leave open; None where that is nothing.
+
+    Raises CheckpointError where it does not tell, with the options that would settle it.
+    """
     if not description.opened:
-        return {}
-    names = ", ".join(description.opened)
+        return None
+    path, names = description.source.path, ", ".join(description.opened)
+    declare = " ".join(f"--set {name}=..." for name in description.opened)
     if tokenizer is None:
         raise CheckpointError(
-            f"{description.source.path}: the files leave {names} open, and without a tokenizer "
-            "no text can tell; declare them, or put the tokenizer's files beside the weights"
+            f"{path}: the files leave {names} open, and without a tokenizer no text can tell; "
+            f"declare them ({declare}), or put the tokenizer's files beside the weights"
         )
     verdict = judge(description, tokenizer, text, console)
     if not verdict.clear:
         raise CheckpointError(
-            f"{description.source.path}: the files leave {names} open, and the text does not tell: "
-            f"{verdict.sentence}; declare them, or give a longer text like the training text"
+            f"{path}: the files leave {names} open, and the text does not tell: "
+            f"{verdict.sentence}; declare them ({declare}), or give a longer text like the "
+            f"training text (--text FILE); `ropeway inspect {path}` shows the candidates"
         )
-    return verdict.best
+    return verdict
 
 
 def _with_tokenizer(config: ModelConfig, tokenizer: Tokenizer, end: str | None) -> ModelConfig:
@@ -180,21 +218,3 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> tupl
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def show(converted: Converted, console: Console) -> None:
-    """The summary."""
-    config = converted.config
-    console.print(f"[bold]{converted.directory}[/bold], from {converted.format}")
-    console.print(
-        f"{config.num_layers} layers, {config.hidden_size} wide, {config.num_heads} heads; "
-        f"{converted.num_tensors} tensors, {converted.num_bytes / 1e6:,.1f} MB; "
-        f"tokenizer: {converted.tokenizer}"
-    )
-    table = Table("setting", "value", "from")
-    for name in (
-        "pairing", "rope_sign", "rope_base", "rotary_dim", "max_position", "parallel_residual",
-        "norm", "activation", "qk_norm", "tie_embeddings", "eos_token_id",
-    ):  # fmt: skip
-        table.add_row(name, str(getattr(config, name)), converted.why.get(name, "the default"))
-    console.print(table)

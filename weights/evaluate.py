@@ -13,13 +13,14 @@ import torch
 from tqdm import tqdm
 
 from engine.config import ModelConfig
+from engine.frontend.tokenizer import Tokenizer
 from engine.model.attention.causal import CausalAttention
 from engine.model.gpt2 import GPT2
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable
 from weights.corpus import read_documents
 from weights.loss import token_losses
-from weights.tokens import Tokens, open_tokens
+from weights.tokens import Tokens, encode_documents
 
 
 @torch.no_grad()
@@ -49,11 +50,13 @@ def bits_per_byte(model: GPT2, tokens: Tokens, size: int, name: str = "") -> flo
 def evaluate(model_dir: Path, corpus: Path) -> dict[str, float]:
     """Held-out bits per byte of each source."""
     model = load_model(model_dir, torch.float32)
+    tokenizer = Tokenizer.from_directory(model_dir)
     results = {}
-    for name, tokens in open_tokens(corpus / "tokens" / "heldout").items():
-        documents = read_documents(corpus / "heldout" / f"{name}.jsonl")
+    for path in sorted((corpus / "heldout").glob("*.jsonl")):
+        documents = read_documents(path)
         size = sum(len(document.encode()) for document in documents)
-        results[name] = bits_per_byte(model, tokens, size, name)
+        tokens = encode_documents(tokenizer, documents)
+        results[path.stem] = bits_per_byte(model, tokens, size, path.stem)
     return results
 
 

@@ -3,7 +3,8 @@
     python -m weights.export --run RUN_DIR --corpus DIR --model MODEL_DIR
 
 Writes config.json and model.safetensors (bfloat16), then training.png and the card README.md with
-held-out measurements and samples. --weights-only stops after the first two.
+held-out measurements and samples: of the default model, whose recipe is default.toml beside this.
+--weights-only stops after the first two.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from weights.card import Facts, draw_samples, write_card
 from weights.corpus import SOURCES, read_documents
 from weights.curve import draw, read_log
 from weights.evaluate import evaluate
-from weights.train import MIXTURE
+from weights.recipe import TrainingConfig
+
+RECIPE = Path(__file__).parent / "default.toml"
 
 
 def export_weights(checkpoint: dict[str, Any], model_dir: Path) -> ModelConfig:
@@ -73,7 +76,7 @@ def main() -> None:
         steps=checkpoint["step"],
         busy_hours=checkpoint["busy"] / 3600,
         threads=torch.get_num_threads(),
-        mixture=MIXTURE,
+        mixture=TrainingConfig.read(RECIPE).weights,
         train_bytes=sizes(options.corpus / "train"),
         held_out_bytes=sizes(options.corpus / "heldout"),
         held_out=evaluate(options.model, options.corpus),

@@ -97,6 +97,12 @@ class Verdict:
         """The winner's values."""
         return self.scored[0].values
 
+    @property
+    def words(self) -> str:
+        """The winner's values, and the margin."""
+        winner = ", ".join(f"{name} {value}" for name, value in self.best.items())
+        return f"{winner}; {self.sentence}"
+
 
 def sample_text() -> str:
     """The opening of Lewis Carroll's Alice's Adventures in Wonderland (1865), public domain."""
@@ -285,9 +291,8 @@ def show_verdict(verdict: Verdict, console: Console, limit: int = 16) -> None:
     console.print(table)
     if len(verdict.scored) > limit:
         console.print(f"and {len(verdict.scored) - limit} more, all worse")
-    winner = ", ".join(f"{name} {value}" for name, value in verdict.best.items())
     if verdict.clear:
-        console.print(f"verdict: {winner}; {verdict.sentence}")
+        console.print(f"verdict: {verdict.words}")
     else:
         console.print(
             f"no verdict: {verdict.sentence}. Declare what you know (--set), or give a text like "

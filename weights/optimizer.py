@@ -1,4 +1,4 @@
-"""The optimizer: Muon for the matrices of the layers, AdamW for everything else; and its schedule.
+"""The optimizer and its schedule: Muon for the matrices of the layers, AdamW for everything else.
 
 Muon (Jordan et al. 2024) orthogonalises each matrix's momentum. With updates scaled to AdamW's
 usual size (Liu et al. 2025, arXiv 2502.16982, 2.2) one learning rate serves both.
@@ -6,12 +6,15 @@ usual size (Liu et al. 2025, arXiv 2502.16982, 2.2) one learning rate serves bot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from weights.recipe import OptimizerKind, Recipe
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,22 @@ class Schedule:
     warmup: steps from 0 to the peak.
     decay_start, decay_from: the first step of the decay and the share of the peak it starts from;
     decay_steps: steps from there to 0. No decay_start: nobody has asked for the end yet.
+    cosine: the decay is half a cosine, not a straight line (Loshchilov & Hutter, arXiv 1608.03983).
     """
 
     warmup: int
     decay_start: int | None = None
     decay_from: float = 1.0
     decay_steps: int = 0
+    cosine: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Schedule:
+        """The schedule that a recipe asks for."""
+        if recipe.schedule == "stay" or recipe.steps is None:
+            return cls(recipe.warmup)
+        steps = max(1, recipe.steps - recipe.warmup)
+        return cls(recipe.warmup, recipe.warmup, 1.0, steps, cosine=True)
 
     def ending(self, step: int, steps: int) -> Schedule:
         """The same schedule up to a step, and from there straight to 0 in some steps.
@@ -34,38 +47,58 @@ class Schedule:
         May be asked for again, to end earlier or later.
         """
         return replace(
-            self, decay_start=step, decay_from=self.scale(step), decay_steps=max(1, steps)
+            self,
+            decay_start=step,
+            decay_from=self.scale(step),
+            decay_steps=max(1, steps),
+            cosine=False,
         )
 
     def scale(self, step: int) -> float:
         """Share of the peak learning rate at a step, in 0 .. 1."""
         if self.decay_start is None or step < self.decay_start:
             return min(1.0, (step + 1) / max(1, self.warmup))
-        left = self.decay_start + self.decay_steps - step
-        return self.decay_from * max(0, left) / self.decay_steps
+        left = max(0, self.decay_start + self.decay_steps - step) / self.decay_steps
+        return self.decay_from * ((1 - math.cos(math.pi * left)) / 2 if self.cosine else left)
+
+    @property
+    def end(self) -> int | None:
+        """The step before which the decay is over; None where nobody has asked for the end."""
+        return None if self.decay_start is None else self.decay_start + self.decay_steps
 
     def finished(self, step: int) -> bool:
         """Whether the decay is over before this step."""
-        return self.decay_start is not None and step >= self.decay_start + self.decay_steps
+        return self.end is not None and step >= self.end
 
 
 class Optimizer:
-    """Muon and AdamW as one."""
+    """Muon and AdamW as one, or AdamW alone. Only the matrices of the layers decay."""
 
-    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.05) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        weight_decay: float = 0.05,
+        kind: OptimizerKind = "muon",
+    ) -> None:
         named = list(model.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.")]
         others = [p for name, p in named if not (p.ndim == 2 and name.startswith("blocks."))]
         self.learning_rate = learning_rate
-        self.parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(
+        if kind == "muon":
+            muon = torch.optim.Muon(
                 matrices,
                 lr=learning_rate,
                 weight_decay=weight_decay,
                 adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-        )
+            )
+            rest = [{"params": others, "weight_decay": 0.0}]
+        else:
+            muon = None
+            decaying = {"params": matrices, "weight_decay": weight_decay}
+            rest = [decaying, {"params": others, "weight_decay": 0.0}]
+        adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95))
+        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw) if muon else (adamw,)
 
     def step(self, scale: float) -> None:
         """One step at a share of the peak learning rate; forgets the gradients."""

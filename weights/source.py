@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from weights.files import read_json, settings_file, shards_of, weights_file
 
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
@@ -32,19 +34,11 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """Types of weights, as safetensors names them."""
 
-SETTINGS_FILES = ("config.json", "model_config.yaml")
-WEIGHTS_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "lit_model.pth",
-    "ckpt.pt",
-)
-"""What a directory is searched for, in this order."""
-
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every name."""
+
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""What torch.save() wrote first before 1.6: a pickle of its magic number."""
 
 STATES = ("model", "state_dict", "model_state_dict")
 SETTINGS = ("model_args", "config", "model_config")
@@ -87,9 +81,9 @@ class Source:
 
 def open_source(path: Path) -> Source:
     """A file (.pt, .pth, .bin, .safetensors) or a directory. Raises CheckpointError."""
-    file = _weights_file(path)
-    settings, settings_file = _read_settings(file.parent)
-    shards = _shards(file) if file.name.endswith(".index.json") else [file]
+    file = weights_file(path)
+    settings, said_in = _read_settings(file)
+    shards = shards_of(file)
     found: dict[str, StoredTensor] = {}
     code = ""
     for shard in shards:
@@ -98,7 +92,7 @@ def open_source(path: Path) -> Source:
         else:
             tensors, inside, code = read_pickle(shard)
             if inside:
-                settings, settings_file = inside, shard.name
+                settings, said_in = inside, shard.name
         for name, tensor in tensors.items():
             if name in found:
                 raise CheckpointError(
@@ -107,63 +101,23 @@ def open_source(path: Path) -> Source:
             found[name] = tensor
     if not found:
         raise CheckpointError(f"{file}: no tensors in it")
-    return Source(path, found, settings, settings_file, code)
+    return Source(path, found, settings, said_in, code)
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory")
-    for name in WEIGHTS_FILES:
-        if (path / name).is_file():
-            return path / name
-    for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin"):
-        files = sorted(path.glob(pattern))
-        if len(files) == 1:
-            return files[0]
-        if files:
-            raise CheckpointError(f"{path}: {len(files)} {pattern} files in it; name one of them")
-    raise CheckpointError(f"{path}: no weights in it; looked for {', '.join(WEIGHTS_FILES)}")
-
-
-def _shards(index: Path) -> list[Path]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index}: has no weight_map")
-    files = sorted({str(name) for name in names.values()})
-    for name in files:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
-    return [index.parent / name for name in files]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+def _read_settings(weights: Path) -> tuple[dict[str, Any], str]:
+    """What the settings file beside the weights says, and its name."""
+    path = settings_file(weights)
+    if path is None:
+        return {}, ""
+    if path.suffix == ".json":
+        return read_json(path), path.name
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _read_settings(directory: Path) -> tuple[dict[str, Any], str]:
-    for name in SETTINGS_FILES:
-        path = directory / name
-        if not path.is_file():
-            continue
-        if path.suffix == ".json":
-            return read_json(path), name
-        try:
-            content = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path}: cannot be read as YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: expected a mapping, got {type(content).__name__}")
-        return content, name
-    return {}, ""
+        raise CheckpointError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content, path.name
 
 
 def _plain(name: str) -> str:
@@ -240,6 +194,13 @@ def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], st
     A pickle is a program. Only one that builds tensors and plain values is let run; a mapped file
     takes no memory until a tensor is read.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(len(LEGACY)) == LEGACY:
+                raise CheckpointError(
+                    f"{path}: is in the format from before PyTorch 1.6, which cannot be mapped; "
+                    "load it with torch.load(..., weights_only=True) and torch.save it again"
+                )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,13 +1,7 @@
-"""Token files: a source's documents as one array of uint16, each closed by the end of text.
-
-    python -m weights.tokens --corpus DIR --model MODEL_DIR
-
-Writes DIR/tokens/SPLIT/SOURCE.bin beside the text.
-"""
+"""Token files: a source's documents as one array of uint16, each closed by the end of text."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.frontend.tokenizer import Tokenizer
 from weights.bpe import END_OF_TEXT
-from weights.corpus import read_documents
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -62,32 +54,3 @@ class Mixture:
             windows[row] = tokens[start : start + length + 1]
         block = torch.from_numpy(windows)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m weights.tokens", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder that weights.corpus wrote"
-    )
-    parser.add_argument(
-        "--model", type=Path, required=True, help="model directory with the tokenizer"
-    )
-    options = parser.parse_args()
-    tokenizer = Tokenizer.from_directory(options.model)
-    for path in tqdm(
-        [
-            *sorted(options.corpus.glob("train/*.jsonl")),
-            *sorted(options.corpus.glob("heldout/*.jsonl")),
-        ]
-    ):
-        out = options.corpus / "tokens" / path.parent.name / f"{path.stem}.bin"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tokens = encode_documents(tokenizer, read_documents(path))
-        tokens.tofile(out)
-        tqdm.write(f"{path.parent.name:8} {path.stem:12} {len(tokens):12,} tokens")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,90 +1,53 @@
-"""Train a RoPE GPT-2 on token files.
+"""The training loop: a run is a function of text, network, recipe and the steps done.
 
-    python -m weights.train --tokens DIR --model MODEL_DIR --out RUN_DIR --minutes 80
-    python -m weights.train ... --resume          # go on from RUN_DIR/ckpt.pt, exactly
+Short windows first, whole contexts while the learning rate is low at the end. The run directory
+gets ckpt.pt and log.jsonl, a line per step and one per held-out measurement.
+
     echo 300 > RUN_DIR/end                        # end it in 300 steps, the learning rate at 0
 
-Short windows first, whole contexts while the learning rate is low at the end. RUN_DIR gets ckpt.pt
-and log.jsonl, a line per step and one per held-out measurement. The file RUN_DIR/end may be written
-again, to end earlier or later; it is removed once read.
+may be written at any time, and again, to end earlier or later; the file is removed once read.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engine.config import ModelConfig
+from engine.errors import ConfigError
+from engine.model.attention.base import Attention
 from engine.model.gpt2 import GPT2
 from engine.model.rope import RotaryTable
 from weights.attention import ShortWindowAttention
 from weights.loss import head_loss
 from weights.optimizer import Optimizer, Schedule
-from weights.tokens import Mixture, Tokens, open_tokens
+from weights.recipe import Recipe
+from weights.tokens import Mixture, Tokens
+from weights.world import World
 
-# Share of the tokens seen. The books are read about three times, Wikipedia not once to its end.
-MIXTURE: Mapping[str, float] = MappingProxyType(
-    {
-        "austen": 0.30,
-        "moby_dick": 0.10,
-        "tales": 0.05,
-        "shakespeare": 0.05,
-        "speeches": 0.05,
-        "wikipedia": 0.45,
-    }
-)
+CHECKPOINT = "ckpt.pt"
+LOG = "log.jsonl"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what a run computes.
+class Watcher(Protocol):
+    """Who is told how a run goes."""
 
-    batch_tokens: tokens of a step.
-    length, long_length: tokens of a window; the long ones come when the learning rate, decaying,
-    has fallen below long_below of its peak: by then they are a fifth of the steps or so.
-    minutes: busy minutes (processor time over threads) until the decay; steps: the same in steps.
-    Whichever comes first starts it; None is never. decay_steps: how long it takes.
-    """
+    def stepped(self, values: Mapping[str, Any], end: int | None) -> None:
+        """After each step, with what is logged; end: the step it ends before, where known."""
 
-    batch_tokens: int = 4096
-    length: int = 256
-    long_length: int = 1024
-    long_below: float = 0.25
-    learning_rate: float = 3e-3
-    warmup: int = 100
-    decay_steps: int = 500
-    minutes: float | None = None
-    steps: int | None = None
-    clip: float = 1.0
-    seed: int = 1
+    def measured(self, values: Mapping[str, Any]) -> None:
+        """After each held-out measurement."""
 
-
-def default_config(vocab_size: int) -> ModelConfig:
-    """The default model: 10.0 million parameters."""
-    return ModelConfig(
-        vocab_size=vocab_size,
-        padded_vocab_size=vocab_size,
-        num_layers=6,
-        num_heads=5,
-        hidden_size=320,
-        intermediate_size=1280,
-        max_position=1024,
-        rotary_dim=32,
-        activation="gelu_tanh",
-        eos_token_id=vocab_size - 1,
-    )
+    def told(self, message: str) -> None:
+        """Anything else."""
 
 
 def initialise(model: GPT2, seed: int) -> None:
@@ -99,6 +62,22 @@ def initialise(model: GPT2, seed: int) -> None:
             nn.init.zeros_(parameter)
 
 
+class Objective(nn.Module):
+    """Token ids and targets -> nats per token, products in bfloat16."""
+
+    def __init__(self, model: GPT2, attention: Attention, *, compiled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention
+        self._hidden = torch.compile(model) if compiled else model
+
+    def forward(self, token_ids: Tensor, targets: Tensor) -> Tensor:
+        """int64 [rows, length] each -> scalar"""
+        with torch.autocast(token_ids.device.type, torch.bfloat16):
+            hidden = self._hidden(token_ids, self.attention)
+        return head_loss(hidden, self.model.head.weight, targets, torch.bfloat16)
+
+
 class Trainer:
     """A run: model, optimizer, schedule, and `step`, the next step to compute."""
 
@@ -106,26 +85,52 @@ class Trainer:
         self,
         config: ModelConfig,
         recipe: Recipe,
-        sources: dict[str, Tokens],
+        sources: Mapping[str, Tokens],
         *,
-        device: str = "cpu",
+        weights: Mapping[str, float] | None = None,
+        world: World | None = None,
         compiled: bool = False,
     ) -> None:
-        weights = {name: share for name, share in MIXTURE.items() if name in sources}
+        """weights: share of the tokens by source; by default a source's share is its size.
+
+        Raises ConfigError for a source that is smaller than a window, and for a batch that the
+        processes cannot share evenly.
+        """
         self.recipe = recipe
-        self.device = torch.device(device)
+        self.world = world or World(torch.device("cpu"))
+        self.lengths = recipe.windows(config.max_position)
+        for length in self.lengths:
+            if self.rows(length) % self.world.size:
+                raise ConfigError(
+                    f"batch_tokens {recipe.batch_tokens} are {self.rows(length)} windows of "
+                    f"{length}, which {self.world.size} processes cannot share evenly"
+                )
+        shares = weights or {name: float(len(tokens)) for name, tokens in sources.items()}
+        for name in shares:
+            if len(sources[name]) <= max(self.lengths):
+                raise ConfigError(
+                    f"source {name} has {len(sources[name]):,} tokens: too few for a window of "
+                    f"{max(self.lengths):,}. Next: more text, or a shorter max_position"
+                )
         self.model = GPT2(config)
         initialise(self.model, recipe.seed)
-        self.model.to(self.device)
-        self.mixture = Mixture(sources, weights or dict.fromkeys(sources, 1.0), recipe.seed)
-        self.optimizer = Optimizer(self.model, recipe.learning_rate)
-        self.schedule = Schedule(recipe.warmup)
-        table = RotaryTable.for_model(config).to(self.device)
-        self.attention = ShortWindowAttention(table, config.num_heads)
-        self.forward = torch.compile(self.model) if compiled else self.model
+        self.model.to(self.world.device)
+        self.mixture = Mixture(sources, shares, recipe.seed)
+        self.optimizer = Optimizer(
+            self.model, recipe.learning_rate, recipe.weight_decay, recipe.optimizer
+        )
+        self.schedule = Schedule.of(recipe)
+        table = RotaryTable.for_model(config).to(self.world.device)
+        attention = ShortWindowAttention(table, config.num_heads)
+        self.loss = Objective(self.model, attention, compiled=compiled)
+        self._shared = self.world.wrap(self.loss)
         self.step = 0
         self.tokens = 0
-        self.busy = 0.0  # seconds of processor time over threads, of all the runs this one resumes
+        self.busy = 0.0  # seconds, of all the runs this one resumes
+
+    def rows(self, length: int) -> int:
+        """Windows of a step, over all processes."""
+        return max(1, self.recipe.batch_tokens // length)
 
     def end_in(self, steps: int) -> None:
         """Let the learning rate fall to 0 over the next steps."""
@@ -133,46 +138,43 @@ class Trainer:
 
     @property
     def length(self) -> int:
-        """Tokens of a window at the next step."""
-        decaying = self.schedule.decay_start is not None
+        """Tokens of a window of the next step."""
+        decaying = self.schedule.decay_start is not None and self.step >= self.recipe.warmup
         late = decaying and self.schedule.scale(self.step) < self.recipe.long_below
-        return self.recipe.long_length if late else self.recipe.length
-
-    def loss(self, token_ids: Tensor, targets: Tensor) -> Tensor:
-        """Nats per token; int64 [rows, length] each."""
-        with torch.autocast(self.device.type, torch.bfloat16):
-            hidden = self.forward(token_ids.to(self.device), self.attention)
-        targets = targets.to(self.device)
-        return head_loss(hidden, self.model.head.weight, targets, torch.bfloat16)
+        return self.lengths[late]
 
     def train_step(self) -> dict[str, float]:
         """One step; what is logged of it."""
-        started = time.process_time()
-        length = self.length
-        rows = max(1, self.recipe.batch_tokens // length)
-        loss = self.loss(*self.mixture.batch(self.step, rows, length))
-        loss.backward()  # type: ignore[no-untyped-call]
+        started, clock = time.process_time(), time.monotonic()
+        length, device = self.length, self.world.device
+        rows = self.rows(length)
+        batch = self.mixture.batch(self.step, rows, length)
+        mine = (part[self.world.rank :: self.world.size].to(device) for part in batch)
+        loss = self._shared(*mine)
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         scale = self.schedule.scale(self.step)
         self.optimizer.step(scale)
         self.step += 1
         self.tokens += rows * length
-        self.busy += (time.process_time() - started) / torch.get_num_threads()
-        return {"loss": loss.item(), "norm": norm.item(), "scale": scale, "length": length}
+        mean = self.world.mean(loss.detach())
+        cpu = (time.process_time() - started) / torch.get_num_threads()
+        self.busy += cpu if device.type == "cpu" else time.monotonic() - clock
+        return {"loss": mean, "norm": norm.item(), "scale": scale, "length": length}
 
     @torch.no_grad()
     def held_out_loss(self, tokens: Tokens, windows: int) -> float:
         """Nats per token over evenly spaced windows of the present length."""
-        length = self.length
-        starts = range(0, len(tokens) - length - 1, max(1, (len(tokens) - length - 1) // windows))
+        length = min(self.length, len(tokens) - 1)
+        starts = range(0, len(tokens) - length, max(1, (len(tokens) - length) // windows))
         rows = [torch.from_numpy(tokens[s : s + length + 1].astype("int64")) for s in starts]
-        block = torch.stack(rows[:windows])
-        return self.loss(block[:, :-1].contiguous(), block[:, 1:].contiguous()).item()
+        block = torch.stack(rows[:windows]).to(self.world.device)
+        nats: float = self.loss(block[:, :-1].contiguous(), block[:, 1:].contiguous()).item()
+        return nats
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        state = {
+    def checkpoint(self) -> dict[str, Any]:
+        """Everything that restore() needs, and what is exported."""
+        return {
             "config": self.model.config.to_dict(),
             "recipe": asdict(self.recipe),
             "model": self.model.state_dict(),
@@ -182,11 +184,24 @@ class Trainer:
             "tokens": self.tokens,
             "busy": self.busy,
         }
-        torch.save(state, partial)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        torch.save(self.checkpoint(), partial)
         partial.replace(path)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's content: the same losses as if it had never stopped."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's content: the same losses as if it had never stopped.
+
+        Raises ConfigError where it is of another network.
+        """
+        config = self.model.config.to_dict()
+        for name, value in state["config"].items():
+            if value != config[name]:
+                raise ConfigError(
+                    f"the checkpoint's {name} is {value}, and {config[name]} is asked for"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule = Schedule(**state["schedule"])
@@ -196,128 +211,56 @@ class Trainer:
 def end_asked_for(out: Path, trainer: Trainer) -> int | None:
     """Steps in which to end, where that is asked for now: by RUN_DIR/end, by minutes, by steps."""
     recipe, request = trainer.recipe, out / "end"
+    decay = max(1, round(trainer.step * recipe.decay_steps_per_step))
     if request.exists() and (text := request.read_text(encoding="utf-8").strip()):
         request.unlink()
-        return int(text) if text.isdigit() else recipe.decay_steps
+        return int(text) if text.isdigit() else decay
     if trainer.schedule.decay_start is not None:
         return None
-    if recipe.minutes is not None and trainer.busy >= 60 * recipe.minutes:
-        return recipe.decay_steps
-    if recipe.steps is not None and trainer.step >= recipe.steps:
-        return recipe.decay_steps
+    before = 1 - recipe.decay_share
+    if recipe.minutes is not None and trainer.busy >= 60 * recipe.minutes * before:
+        return decay
+    if recipe.steps is not None and trainer.step >= round(recipe.steps * before):
+        return max(1, recipe.steps - trainer.step)
     return None
 
 
 def run(
-    trainer: Trainer, out: Path, held_out: dict[str, Tokens], every: int, save_seconds: float
+    trainer: Trainer,
+    out: Path,
+    held_out: Mapping[str, Tokens],
+    watcher: Watcher,
+    saved: Callable[[], None],
 ) -> None:
-    """Train until the decay is over, logging each step and saving now and then."""
-    saved = time.monotonic()
-    with (
-        (out / "log.jsonl").open("a", encoding="utf-8") as log,
-        tqdm(initial=trainer.step, unit=" steps") as bar,
-    ):
+    """Train until the decay is over, logging each step, measuring and saving now and then.
 
-        def write(**values: Any) -> None:
-            values |= {
-                "step": trainer.step,
-                "tokens": trainer.tokens,
-                "busy": round(trainer.busy, 2),
-            }
-            print(json.dumps(values), file=log, flush=True)
+    saved: called after each checkpoint. In a world of several only the first process writes.
+    """
+    recipe, leads = trainer.recipe, trainer.world.leads
+    last = time.monotonic()
+    with (out / LOG).open("a", encoding="utf-8") as log:
+
+        def write(**values: Any) -> dict[str, Any]:
+            seen = {"step": trainer.step, "tokens": trainer.tokens, "busy": round(trainer.busy, 2)}
+            if leads:
+                print(json.dumps(values | seen), file=log, flush=True)
+            return values | seen
+
+        def save() -> None:
+            if leads:
+                trainer.save(out / CHECKPOINT)
+                saved()
 
         while not trainer.schedule.finished(trainer.step):
-            if (steps := end_asked_for(out, trainer)) is not None:
+            steps = trainer.world.agree(end_asked_for(out, trainer) if leads else None)
+            if steps is not None:
                 trainer.end_in(steps)
-                bar.write(f"step {trainer.step}: ends in {steps} steps")
-            values = trainer.train_step()
-            write(**values)
-            if trainer.schedule.decay_start is not None:
-                bar.total = trainer.schedule.decay_start + trainer.schedule.decay_steps
-            bar.set_postfix(loss=f"{values['loss']:.3f}", tokens=f"{trainer.tokens / 1e6:.2f}M")
-            bar.update()
-            if trainer.step % every == 0:
+                watcher.told(f"step {trainer.step:,}: ends in {steps:,} steps")
+            watcher.stepped(write(**trainer.train_step()), trainer.schedule.end)
+            if trainer.step % recipe.evaluate_every == 0 and held_out:
                 losses = {name: trainer.held_out_loss(t, 16) for name, t in held_out.items()}
-                write(held_out=losses)
-                bar.write(f"step {trainer.step}: held out {losses}")
-            if time.monotonic() - saved > save_seconds:
-                trainer.save(out / "ckpt.pt")
-                saved = time.monotonic()
-    trainer.save(out / "ckpt.pt")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m weights.train", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--tokens", type=Path, required=True, help="folder with train/ and heldout/ token files"
-    )
-    parser.add_argument(
-        "--model", type=Path, required=True, help="model directory with the tokenizer"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="run directory: checkpoint and log")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--minutes", type=float, help="busy minutes until the decay")
-    parser.add_argument("--steps", type=int, help="steps until the decay")
-    parser.add_argument(
-        "--decay-steps", type=int, default=Recipe.decay_steps, help="steps of the decay"
-    )
-    parser.add_argument(
-        "--batch-tokens", type=int, default=Recipe.batch_tokens, help="tokens of a step"
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, default=Recipe.learning_rate, help="its peak"
-    )
-    parser.add_argument("--device", default="cpu", help="where to train: cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument(
-        "--threads", type=int, default=0, help="processor threads (default: torch's)"
-    )
-    parser.add_argument(
-        "--evaluate-every", type=int, default=200, help="steps between held-out measurements"
-    )
-    parser.add_argument(
-        "--save-seconds", type=float, default=180, help="seconds between checkpoints"
-    )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train. arguments: as on the command line, by default those of the process."""
-    options = build_parser().parse_args(arguments)
-    if options.minutes is None and options.steps is None:
-        sys.exit("say when the decay begins: --minutes or --steps (or both)")
-    sources = open_tokens(options.tokens / "train")
-    if not sources:
-        sys.exit(
-            f"no token files in {options.tokens / 'train'}: run python -m weights.tokens first"
-        )
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if (options.out / "ckpt.pt").exists() and not options.resume:
-        sys.exit(f"{options.out} holds a run already: --resume goes on with it")
-    recipe = Recipe(
-        batch_tokens=options.batch_tokens,
-        learning_rate=options.learning_rate,
-        decay_steps=options.decay_steps,
-        minutes=options.minutes,
-        steps=options.steps,
-    )
-    tokenizer = json.loads((options.model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config = default_config(vocab_size=tokenizer["eos_token_id"] + 1)
-    trainer = Trainer(config, recipe, sources, device=options.device, compiled=options.compile)
-    if options.resume:
-        trainer.restore(torch.load(options.out / "ckpt.pt", map_location="cpu", weights_only=True))
-    run(
-        trainer,
-        options.out,
-        open_tokens(options.tokens / "heldout"),
-        options.evaluate_every,
-        options.save_seconds,
-    )
-
-
-if __name__ == "__main__":
-    main()
+                watcher.measured(write(held_out=losses))
+            if time.monotonic() - last > recipe.save_seconds:
+                save()
+                last = time.monotonic()
+    save()

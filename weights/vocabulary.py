@@ -12,15 +12,17 @@ import json
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, TokenizerError
+from engine.frontend.preparation import AddedToken, Preparation, nfc
 from engine.frontend.tokenizer import CONFIG_FILE, RANKS_FILE, Tokenizer
-from weights.source import read_json
+from weights.files import read_json
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_RANKS = 50_256
@@ -28,6 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 MERGES = ("vocab.bpe", "merges.txt")
 VOCABULARIES = ("encoder.json", "vocab.json")
 JSON_FILE = "tokenizer.json"
+ADDED_FILE = "added_tokens.json"
 CHARACTERS_FILE = "meta.pkl"
 TRIALS = 2000
 """Random texts on which a converted tokenizer must agree."""
@@ -35,11 +38,19 @@ TRIALS = 2000
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE. tokens: its bytes by id; special: names of ids that no text becomes."""
+    """A byte-level BPE. tokens: ids by their bytes; special: names of ids that no text becomes.
+
+    preparation: what becomes of a text before the split.
+    """
 
     pattern: str
     tokens: Mapping[bytes, int]
     special: Mapping[str, int]
+    preparation: Preparation | None = None
+
+    def tokenizer(self) -> Tokenizer:
+        """As it is served. Raises TokenizerError."""
+        return Tokenizer(self.pattern, self.tokens, self.special, self.preparation)
 
     def write(self, directory: Path) -> None:
         """The two tokenizer files of a model directory."""
@@ -48,7 +59,12 @@ class Vocabulary:
             for token, rank in sorted(self.tokens.items(), key=lambda item: item[1])
         )
         (directory / RANKS_FILE).write_text("".join(lines), encoding="ascii")
-        config = {"pattern": self.pattern, "special_tokens": dict(self.special)}
+        config: dict[str, Any] = {
+            "pattern": self.pattern,
+            "special_tokens": dict(self.special),
+        }
+        if self.preparation is not None:
+            config |= self.preparation.to_config()
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
@@ -63,10 +79,10 @@ def convert_tokenizer(source: Path, directory: Path) -> str:
         shutil.copyfile(source / CONFIG_FILE, directory / CONFIG_FILE)
         return f"{CONFIG_FILE}, characters"
     if (source / JSON_FILE).is_file():
-        vocabulary, reference = _from_json(source / JSON_FILE)
+        vocabulary, reference = _built(source / JSON_FILE, _from_json)
         name = JSON_FILE
     elif merges := next((source / m for m in MERGES if (source / m).is_file()), None):
-        vocabulary, reference = _from_merges(source, merges)
+        vocabulary, reference = _built(merges, _from_merges)
         name = f"{merges.name}, {len(vocabulary.tokens):,} tokens"
     elif (source / CHARACTERS_FILE).is_file():
         characters = read_characters(source / CHARACTERS_FILE)
@@ -75,8 +91,8 @@ def convert_tokenizer(source: Path, directory: Path) -> str:
         return f"{CHARACTERS_FILE}, {len(characters)} characters"
     else:
         return ""
-    ours = Tokenizer(vocabulary.pattern, vocabulary.tokens, vocabulary.special)
-    compare(ours, reference, vocabulary, name)
+    _check_wrapper(source, vocabulary)
+    compare(vocabulary.tokenizer(), reference, vocabulary, name)
     vocabulary.write(directory)
     return name
 
@@ -86,6 +102,21 @@ def _config(path: Path) -> dict[str, Any]:
         return read_json(path)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
+
+
+def _check_wrapper(source: Path, vocabulary: Vocabulary) -> None:
+    """Raise where Hugging Face's tokenizer_config.json does more than the tokenizer's own file."""
+    path = source / CONFIG_FILE
+    config = _config(path) if path.is_file() else {}
+    for key in ("add_bos_token", "add_eos_token"):
+        if config.get(key):
+            raise TokenizerError(f"{path}: {key} puts a token beside each text; not supported")
+    space = vocabulary.preparation is not None and vocabulary.preparation.prefix_space
+    if config.get("add_prefix_space", space) not in (space, None):
+        raise TokenizerError(
+            f"{path}: add_prefix_space is {config['add_prefix_space']!r}, the tokenizer's own file "
+            f"says {space}; let them agree"
+        )
 
 
 def _copy_ranks(source: Path, directory: Path) -> str:
@@ -112,27 +143,39 @@ def bytes_of_printable() -> dict[str, int]:
 
 
 def _vocabulary(
-    path: Path, pattern: str, vocab: Mapping[str, int], merges: Sequence[str], special: set[str]
+    path: Path,
+    pattern: str,
+    vocab: Mapping[str, int],
+    merges: Sequence[str],
+    special: Mapping[str, int],
+    preparation: Preparation | None,
 ) -> Vocabulary:
-    """Ranks of a vocabulary; refused where the order of its merges is not that of its ids."""
+    """Ranks of a vocabulary; refused where the order of its merges is not that of its ids.
+
+    special: tokens that no text becomes; GPT-2's end of text is one even where nothing says so.
+    """
     byte = bytes_of_printable()
     merged = ["".join(merge.split(" ")) for merge in merges]
     reachable = {*byte, *merged}
-    named = {token: rank for token, rank in vocab.items() if token in special}
-    plain = {token: rank for token, rank in vocab.items() if token not in special}
-    for token, rank in plain.items():
-        if token == END_OF_TEXT:
+    added = {each.text: each.id for each in preparation.added} if preparation else {}
+    named, plain = dict(special), {}
+    for token, rank in vocab.items():
+        if token in special or (token in added and token not in reachable):
+            continue
+        if token in reachable:
+            plain[token] = rank
+        elif token == END_OF_TEXT:
             named[token] = rank
-        elif token not in reachable:
+        else:
             raise TokenizerError(f"{path}: no merge makes token {token!r}, id {rank}")
     ids = [vocab.get(token, -1) for token in merged]
     if any(a >= b for a, b in pairwise(ids)) or (ids and ids[0] < 0):
         raise TokenizerError(f"{path}: the ids do not follow the order of the merges")
     try:
-        tokens = {bytes(byte[c] for c in t): r for t, r in plain.items() if t not in named}
+        tokens = {bytes(byte[c] for c in token): rank for token, rank in plain.items()}
     except KeyError as error:
         raise TokenizerError(f"{path}: not a byte-level vocabulary: {error} in it") from error
-    return Vocabulary(pattern, tokens, named)
+    return Vocabulary(pattern, tokens, named, preparation)
 
 
 def _library() -> Any:
@@ -145,92 +188,145 @@ def _library() -> Any:
     return tokenizers
 
 
-def _from_merges(source: Path, path: Path) -> tuple[Vocabulary, Any]:
-    """GPT-2's own two files."""
-    library = _library()
+def _built(path: Path, build: Callable[[Path], tuple[Vocabulary, Any]]) -> tuple[Vocabulary, Any]:
+    """What `build` makes of a file that may hold anything. Raises TokenizerError."""
+    try:
+        return build(path)
+    except TokenizerError:
+        raise
+    except Exception as error:  # the library raises bare ones
+        raise TokenizerError(f"{path}: is no tokenizer as they are written: {error!r}") from error
+
+
+def _from_merges(path: Path) -> tuple[Vocabulary, Any]:
+    """GPT-2's own two files; added_tokens.json beside them, where a GPT-J or CodeGen has one."""
+    library, source = _library(), path.parent
     name = next((source / v for v in VOCABULARIES if (source / v).is_file()), None)
     if name is None:
         raise TokenizerError(f"{path}: needs {' or '.join(VOCABULARIES)} beside it")
     vocab = _config(name)
     lines = path.read_text("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
-    vocabulary = _vocabulary(path, GPT2_PATTERN, vocab, merges, set())
+    more = _config(source / ADDED_FILE) if (source / ADDED_FILE).is_file() else {}
+    special = {text: more.pop(text) for text in (END_OF_TEXT,) if text in more}
+    added = [AddedToken(text, rank, True) for text, rank in more.items()]
+    preparation = Preparation(added, None, False) if added else None
+    vocabulary = _vocabulary(path, GPT2_PATTERN, vocab, merges, special, preparation)
     pairs = [tuple(line.split(" ")) for line in merges]
     reference = library.Tokenizer(library.models.BPE(vocab, pairs))
     reference.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.decoder = library.decoders.ByteLevel()
+    reference.add_special_tokens([token for token in vocab if token in vocabulary.special])
+    for token in sorted((special | more).items(), key=lambda item: item[1]):
+        reference.add_tokens([library.AddedToken(token[0], special=token[0] in special)])
     return vocabulary, reference
 
 
 def _from_json(path: Path) -> tuple[Vocabulary, Any]:
-    """tokenizer.json, where it is a plain byte-level BPE."""
+    """tokenizer.json, where it is a byte-level BPE."""
     library, content = _library(), _config(path)
     model = content.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise TokenizerError(f"{path}: {model.get('type')} is no byte-level BPE")
-    if content.get("normalizer"):
-        raise TokenizerError(
-            f"{path}: it normalises text ({content['normalizer'].get('type')}); not supported"
-        )
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise TokenizerError(f"{path}: {key} is {model[key]!r}; not supported")
+    decoder = (content.get("decoder") or {}).get("type")
+    if decoder != "ByteLevel":
+        raise TokenizerError(f"{path}: its decoder ({decoder}) is not a byte-level one")
     added = content.get("added_tokens") or []
-    for token in added:
-        if not token.get("special"):
-            raise TokenizerError(
-                f"{path}: {token.get('content')!r} was added without being special: it is cut out "
-                "of texts before the split, which is not supported (if no text of yours holds it, "
-                "take the file away, and merges.txt and vocab.json are used)"
-            )
-    vocab = model["vocab"] | {token["content"]: token["id"] for token in added}
+    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    pattern, prefix_space = _pattern(path, content)
+    normalization = _normalization(path, content.get("normalizer"))
+    plain = [_added(path, token, normalization) for token in added if not token.get("special")]
+    preparation = None
+    if plain or normalization or prefix_space:
+        preparation = Preparation(plain, normalization, prefix_space)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-    special = {token["content"] for token in added}
-    vocabulary = _vocabulary(path, _pattern(path, content), vocab, merges, special)
-    return vocabulary, library.Tokenizer.from_file(str(path))
+    vocabulary = _vocabulary(path, pattern, model["vocab"], merges, special, preparation)
+    reference = library.Tokenizer.from_file(str(path))
+    reference.no_truncation()
+    reference.no_padding()
+    return vocabulary, reference
 
 
-def _pattern(path: Path, content: Mapping[str, Any]) -> str:
-    """The regular expression of the split."""
+def _added(path: Path, token: Mapping[str, Any], normalization: str | None) -> AddedToken:
+    """A token that is cut out of texts, though it is not special."""
+    for flag in ("single_word", "lstrip", "rstrip"):
+        if token.get(flag):
+            raise TokenizerError(f"{path}: {flag} of token {token['content']!r} is not supported")
+    text, normalized = token["content"], bool(token.get("normalized", True))
+    return AddedToken(nfc(text) if normalized and normalization else text, token["id"], normalized)
+
+
+def _normalization(path: Path, normalizer: Mapping[str, Any] | None) -> str | None:
+    steps = [normalizer] if normalizer else []
+    if normalizer and normalizer.get("type") == "Sequence":
+        steps = normalizer.get("normalizers", [])
+    kinds = {step.get("type") for step in steps}
+    if kinds - {"NFC"}:
+        raise TokenizerError(
+            f"{path}: it normalises text by {', '.join(sorted(map(str, kinds)))}; only NFC is "
+            "supported"
+        )
+    return "NFC" if kinds else None
+
+
+def _pattern(path: Path, content: Mapping[str, Any]) -> tuple[str, bool]:
+    """The regular expression of the split; whether a space is put before what is split."""
     split = content.get("pre_tokenizer") or {}
     steps = split.get("pretokenizers", []) if split.get("type") == "Sequence" else [split]
     kinds = [step.get("type") for step in steps]
-    if steps and steps[-1].get("add_prefix_space"):
-        raise TokenizerError(f"{path}: it puts a space before each text; not supported")
+    prefix_space = bool(steps and steps[-1].get("add_prefix_space"))
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return GPT2_PATTERN
+        return GPT2_PATTERN, prefix_space
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        if prefix_space:
+            raise TokenizerError(f"{path}: it puts a space before each word; not supported")
         pattern = steps[0].get("pattern", {}).get("Regex")
         if steps[0].get("behavior") == "Isolated" and not steps[0].get("invert") and pattern:
-            return str(pattern)
+            return str(pattern), False
     raise TokenizerError(
         f"{path}: its split ({', '.join(map(str, kinds))}) is not a byte-level one"
     )
 
 
+WORDS: tuple[str, ...] = (
+    " the",
+    "don't",
+    "we'LL",
+    "  ",
+    "\n\n",
+    "\t",
+    "é",
+    "e\u0301",
+    "1234567",
+    "٣",
+    "中文字",
+)
+WORDS += ("🙂", "👩\u200d👩\u200d👧", "\u00a0", "\u2028", "\u200b", "ß", "ﬁ", "İ", "'s", "_x")
+WORDS += ("\r\n", "…", "\x00", " ", "   ", "\t\t", "\u212b")
+WORDS += ("\u1112\u1161\u11ab", "q\u0323\u0307", "a\u0301\u0323")
+
+
 def trial_texts(vocabulary: Vocabulary) -> Iterator[str]:
-    """Every token by itself, words with accents and spaces, and random characters."""
+    """Every token by itself, words with accents and spaces, and random characters.
+
+    Where text is normalised, every mark of today's Unicode before another one.
+    """
     for token in vocabulary.tokens:
         try:
             yield token.decode("utf-8")
         except UnicodeDecodeError:
             continue
+    words = list(WORDS)
+    if vocabulary.preparation is not None:
+        words += [each.text for each in vocabulary.preparation.added]
+        yield from (f"x{text}y {text}{text} {text}" for text in words)
+        if vocabulary.preparation.normalization is not None:
+            for mark in filter(unicodedata.combining, map(chr, range(0x110000))):
+                yield f"a{mark}\u0334\u0301{mark}"
     generator = random.Random(0)
-    words = [" the", "don't", "we'LL", "  ", "\n\n", "\t", "é", "e\u0301", "1234567", "٣", "中文字"]
-    words += [
-        "🙂",
-        "👩‍👩‍👧",
-        "\u00a0",
-        "\u2028",
-        "\u200b",
-        "ß",
-        "ﬁ",
-        "İ",
-        "'s",
-        "_x",
-        "\r\n",
-        "…",
-        "\x00",
-    ]
     for _ in range(TRIALS):
         pieces = [
             generator.choice(words)
@@ -245,10 +341,19 @@ def compare(ours: Tokenizer, reference: Any, vocabulary: Vocabulary, name: str) 
     """Raise TokenizerError for the first text on which ours differs from the library's."""
     texts = [t for t in trial_texts(vocabulary) if not any(s in t for s in vocabulary.special)]
     for text, theirs in zip(texts, reference.encode_batch(texts), strict=True):
-        if ours.encode(text) != theirs.ids:
+        ids = ours.encode(text)
+        if ids != theirs.ids:
             raise TokenizerError(
-                f"{name}: as tiktoken ranks it gives {ours.encode(text)[:8]} for {text[:40]!r}, "
-                f"the `tokenizers` library {theirs.ids[:8]}; it cannot be served as it is"
+                f"{name}: as tiktoken ranks it gives {ids[:8]} for {text[:40]!r}, the "
+                f"`tokenizers` library {theirs.ids[:8]}; it cannot be served as it is"
+            )
+    output = [[token_id] for token_id in range(len(ours)) if token_id in ours]
+    output += [ours.encode(text) for text in texts[-TRIALS:]]
+    for ids, theirs in zip(output, reference.decode_batch(output), strict=True):
+        if ours.decode(ids) != theirs:
+            raise TokenizerError(
+                f"{name}: ids {ids[:8]} are {ours.decode(ids)[:40]!r}; the `tokenizers` library "
+                f"decodes them to {theirs[:40]!r}"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.execution.sampler import Sampler
-from engine.messages import SampledToken, ScheduledRequest, SchedulerOutput
+from engine.messages import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 from engine.model.attention.base import AttentionBackend, AttentionMetadata
 from engine.model.gpt2 import GPT2
 from engine.request import Request
+
+SCORED_ROWS = 128
+"""Rows of logits that are kept at once for scoring: a row is as long as the vocabulary."""
 
 
 class InputBatch:
@@ -82,24 +85,42 @@ class ModelRunner:
         self._block_size = backend.cache.block_size
         self._device = model.embedding.weight.device
 
-    def execute(self, step: SchedulerOutput) -> list[SampledToken]:
-        """Compute the step's tokens; one sampled token for each request that samples, in order."""
+    def execute(self, step: SchedulerOutput) -> StepResult:
+        """Compute the step's tokens, sample behind the last known ones, score what is to be."""
         self._batch.release(step.released)
         for request_id in step.released:
             self._sampler.forget(request_id)
         for each in step.profiles:
             self._backend.put_profile(each.row, each.scaling, each.num_positions)
         if not step.scheduled:
-            return []
+            return StepResult([])
         token_ids, metadata = self._inputs(step.scheduled)
         sampling = [at for at, item in enumerate(step.scheduled) if item.samples]
         with torch.inference_mode():
             hidden = self._model(token_ids, self._backend.bind(metadata))
+            scores = self._scores(step.scheduled, hidden)
             if not sampling:
-                return []
+                return StepResult([], scores)
             last = metadata.query_start[1:][sampling] - 1
             logits = self._model.logits(hidden[last]).float().cpu()
-            return self._sampler.sample(logits, [step.scheduled[at].request for at in sampling])
+            requests = [step.scheduled[at].request for at in sampling]
+            return StepResult(self._sampler.sample(logits, requests), scores)
+
+    def _scores(
+        self, scheduled: Sequence[ScheduledRequest], hidden: Tensor
+    ) -> dict[str, list[TokenLogprobs]]:
+        """The targets behind the tokens of this step, by request id."""
+        scores: dict[str, list[TokenLogprobs]] = {}
+        begin = 0  # the item's first row
+        for item in scheduled:
+            for row, token_ids in _targets(item, SCORED_ROWS):
+                rows = hidden[begin + row : begin + row + len(token_ids)]
+                logits = self._model.logits(rows).float().cpu()
+                scores.setdefault(item.request.request_id, []).extend(
+                    self._sampler.score(logits, token_ids, item.request.params.logprobs or 0)
+                )
+            begin += item.num_tokens
+        return scores
 
     def warm_up(self, num_rows: Sequence[int]) -> None:
         """Run the network once for each number of rows, so that no request pays for first calls.
@@ -148,3 +169,14 @@ class ModelRunner:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _targets(item: ScheduledRequest, most: int) -> Iterator[tuple[int, list[int]]]:
+    """(row in the item, tokens wanted behind it and the next rows), at most so many at a time."""
+    targets, row = item.request.targets, item.request.next_scored
+    if targets is None or row is None:
+        return
+    end = min(item.start + item.num_tokens, targets.first + len(targets.token_ids))
+    for at in range(row, end, most):
+        wanted = slice(at - targets.first, min(at + most, end) - targets.first)
+        yield at - item.start, targets.token_ids[wanted]

@@ -17,6 +17,9 @@ _KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
 
+NUCLEUS_TOKENS = 512
+"""Tokens that a nucleus (top_p) is first looked for among: sorting a vocabulary is slow."""
+
 Words = NDArray[np.uint64]
 
 
@@ -92,16 +95,12 @@ class Sampler:
 
         Raises FloatingPointError where a row has NaN or infinity: no token would be right.
         """
-        logits = logits[:, : self._vocab_size]
-        if not logits.amax(dim=-1).isfinite().all():
-            raise FloatingPointError("the model's logits are not finite")
-        if len(self._unused):
-            logits.index_fill_(1, self._unused, -torch.inf)
+        logits, token_ids = self._checked(logits)
         logprobs = self._model_logprobs(logits, requests)
         for row, request in enumerate(requests):
             if _has_penalty(request):
                 self._penalise(logits[row], request)
-        token_ids = logits.argmax(dim=-1)
+                token_ids[row] = logits[row].argmax()
         random = [row for row, request in enumerate(requests) if not request.params.greedy]
         if random:
             chosen = self._draw(logits[random], [requests[row] for row in random])
@@ -112,6 +111,31 @@ class Sampler:
                 zip(token_ids.tolist(), requests, strict=True)
             )
         ]
+
+    def score(self, logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+        """Logits float32 [len(token_ids), >= vocab_size], overwritten -> what each token has in its
+        row, and the `top` likeliest. Raises FloatingPointError as above."""
+        logits, _ = self._checked(logits)
+        logprobs = logits.log_softmax(dim=-1)
+        taken = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        values, ids = logprobs.topk(min(top, self._vocab_size), dim=-1)
+        return [
+            TokenLogprobs(logprob, list(zip(*pair, strict=True)))
+            for logprob, pair in zip(
+                taken.tolist(), zip(ids.tolist(), values.tolist(), strict=True), strict=True
+            )
+        ]
+
+    def _checked(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of real tokens, in place, ids that no token has being impossible; and the
+        likeliest of each row."""
+        logits = logits[:, : self._vocab_size]
+        if len(self._unused):
+            logits.index_fill_(1, self._unused, -torch.inf)
+        highest, token_ids = logits.max(dim=-1)  # of equals the first; a NaN is the highest
+        if not highest.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
+        return logits, token_ids
 
     @staticmethod
     def _model_logprobs(logits: Tensor, requests: Sequence[Request]) -> dict[int, Tensor]:
@@ -167,17 +191,29 @@ class Sampler:
         probabilities = scaled.softmax(dim=-1)
         nucleus = [row for row, p in enumerate(params) if p.top_p < 1]
         if nucleus:
-            ordered = probabilities[nucleus].sort(dim=-1, descending=True).values
-            mass = ordered.double().cumsum(dim=-1)
             enough = torch.tensor([params[row].top_p for row in nucleus], dtype=torch.float64)
-            last = (mass < enough[:, None]).sum(dim=-1, keepdim=True)
-            last.clamp_(max=ordered.shape[1] - 1)
-            threshold = ordered.gather(1, last)
+            threshold = nucleus_threshold(probabilities[nucleus], enough)
             kept = probabilities[nucleus]
             probabilities[nucleus] = kept.masked_fill_(kept < threshold, 0.0)
         floor = torch.tensor([p.min_p for p in params], dtype=torch.float32)[:, None]
         floor = floor * probabilities.amax(dim=-1, keepdim=True)
         return probabilities.masked_fill_(probabilities < floor, 0.0)
+
+
+def nucleus_threshold(probabilities: Tensor, enough: Tensor) -> Tensor:
+    """The least probability [rows, 1] that the likeliest tokens need to reach `enough` [rows].
+
+    Most nuclei are small: the likeliest tokens are looked at first, all of them only where these do
+    not reach it. Both give the same number.
+    """
+    size = probabilities.shape[1]
+    for count in (min(NUCLEUS_TOKENS, size), size):
+        ordered = probabilities.topk(count).values
+        mass = ordered.double().cumsum(dim=-1)
+        if count == size or (mass[:, -1] >= enough).all():
+            break
+    last = (mass < enough[:, None]).sum(dim=-1, keepdim=True)
+    return ordered.gather(1, last.clamp_(max=count - 1))
 
 
 def _has_penalty(request: Request) -> bool:

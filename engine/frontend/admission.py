@@ -6,6 +6,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Self
 
+import msgspec
+
 from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineReady
@@ -16,6 +18,7 @@ from engine.request import (
     Overflow,
     RequestOptions,
     SamplingParams,
+    Targets,
     Window,
     no_such_rotation,
 )
@@ -166,6 +169,49 @@ class Admission:
             truncated_tokens=num_tokens - len(token_ids),
         )
 
+    def admit_score(
+        self,
+        request_id: str,
+        text: str | list[int],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+        rope: RopeScaling | None = None,
+    ) -> AddRequest:
+        """A request that ends with the log-probabilities of a text's tokens from `first` on.
+
+        It generates one token, which means nothing: the last token of the text is only looked for,
+        and the engine samples behind the one before it. top: likeliest tokens to give beside each.
+        rope: the rotation profile, None: the model's own.
+
+        Raises InvalidRequest and ContextOverflow as above, and where there is nothing to score.
+        """
+        if options.overflow == "truncate":
+            raise InvalidRequest(
+                "overflow must be error or shift where a text is scored; got 'truncate'", "overflow"
+            )
+        room = self._room(rope)
+        token_ids = self._token_ids(text, options.overflow, room, "text")
+        if not 1 <= first < len(token_ids):
+            raise InvalidRequest(
+                f"text must have more tokens than the {max(first, 1)} before the first that is "
+                f"scored, got {len(token_ids)}",
+                "text",
+            )
+        if options.overflow == "error" and len(token_ids) > room.limit + 1:
+            raise ContextOverflow(
+                f"text has {len(token_ids)} tokens; the cache of {room.limit} tokens takes "
+                f"{room.limit + 1}",
+                "text",
+            )
+        params = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, logprobs=top, rope=rope
+        )
+        request = self.admit(request_id, token_ids[:-1], params, options)
+        targets = Targets(first - 1, token_ids[first:])
+        return msgspec.structs.replace(request, targets=targets)
+
     def _room(self, rope: RopeScaling | None) -> Room:
         """What a request has room for under the rotation that it asks for, None: the model's."""
         engine = self.engine
@@ -192,36 +238,39 @@ class Admission:
         context = (rope or engine.rope).context(engine.max_position)
         return Room(context, engine.block_size, engine.num_blocks)
 
-    def _token_ids(self, prompt: str | list[int], overflow: Overflow, room: Room) -> list[int]:
+    def _token_ids(
+        self, prompt: str | list[int], overflow: Overflow, room: Room, field: str = "prompt"
+    ) -> list[int]:
+        """field: `prompt`, or `text` of which the last token is not computed, so that it may have
+        one more."""
         limit = room.context
         what = "the context"
         if overflow != "error":
             limit *= MAX_CONTEXTS
             what = f"overflow {overflow!r} with a context of {room.context}"
+        limit += field == "text"
         if isinstance(prompt, str):
             # Checked before tokenising, which can take long for a text that has no spaces.
             if len(prompt) > limit * self.tokenizer.longest_token:
                 raise ContextOverflow(
-                    f"prompt has {len(prompt)} characters; {what} takes {limit} tokens, which "
+                    f"{field} has {len(prompt)} characters; {what} takes {limit} tokens, which "
                     f"cannot hold more than {limit * self.tokenizer.longest_token}",
-                    "prompt",
+                    field,
                 )
             try:
                 prompt = self.tokenizer.encode(prompt)
             except ValueError as error:
-                raise InvalidRequest(f"prompt cannot be tokenised: {error}", "prompt") from error
+                raise InvalidRequest(f"{field} cannot be tokenised: {error}", field) from error
         else:
             for at, token_id in enumerate(prompt):
                 if token_id not in self.tokenizer:
                     raise InvalidRequest(
-                        f"prompt[{at}] is {token_id}; the tokenizer has ids 0 to "
+                        f"{field}[{at}] is {token_id}; the tokenizer has ids 0 to "
                         f"{len(self.tokenizer) - 1}",
-                        "prompt",
+                        field,
                     )
         if not prompt:
-            raise InvalidRequest("prompt must hold at least one token, got none", "prompt")
+            raise InvalidRequest(f"{field} must hold at least one token, got none", field)
         if len(prompt) > limit:
-            raise ContextOverflow(
-                f"prompt has {len(prompt)} tokens; {what} takes {limit}", "prompt"
-            )
+            raise ContextOverflow(f"{field} has {len(prompt)} tokens; {what} takes {limit}", field)
         return prompt

@@ -33,6 +33,7 @@ from engine.messages import (
     Hello,
     StepOutput,
     ToCore,
+    TokenLogprobs,
 )
 from engine.request import FinishReason, RequestOptions, SamplingParams
 
@@ -53,10 +54,10 @@ class Stream:
     """The tokens of one request as they come: `async for deltas in stream`.
 
     Each step of the loop yields every token that came since the last one, so a slow reader gets
-    fewer, larger pieces. After the loop finish_reason, usage and timing are settled. If the engine
-    dies and is not started again, the tokens that came are yielded and then EngineDead is raised.
-    Leaving early must be followed by close(), which frees the request's pages; `async with` does
-    so.
+    fewer, larger pieces. After the loop finish_reason, usage and timing are settled, and scores
+    where a text was to be scored. If the engine dies and is not started again, the tokens that came
+    are yielded and then EngineDead is raised. Leaving early must be followed by close(), which
+    frees the request's pages; `async with` does so.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Stream:
         self.request_id = request.request_id
         self.prompt_token_ids = request.prompt_token_ids
         self.seed = request.seed
+        self.scores: list[TokenLogprobs] | None = None
         self._request = request
         self.timing = Timing()
         self._cached_tokens = 0
@@ -102,6 +104,7 @@ class Stream:
                 self.timing.first_token = now
                 self.timing.queue = output.queue_seconds
                 self._cached_tokens = output.cached_tokens
+                self.scores = output.scores
         if self.finish_reason is not None:
             self.timing.total = now
         self._news.set()
@@ -114,6 +117,7 @@ class Stream:
             output_token_ids=self._token_ids,
             elapsed_s=time.monotonic() - self._submitted,
             suspect=self._suspect,
+            targets=None if self._token_ids else self._request.targets,
         )
 
     def fail(self, error: EngineError) -> None:
@@ -222,6 +226,32 @@ class AsyncEngine:
         options: RequestOptions = RequestOptions(),
     ) -> Stream:
         """Start a request. Raises RequestError, QueueFull or EngineError."""
+        return self._enter(
+            request_id, lambda admission: admission.admit(request_id, prompt, params, options)
+        )
+
+    def score(
+        self,
+        request_id: str,
+        text: str | list[int],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+    ) -> Stream:
+        """Start the scoring of a text; see Admission.admit_score. When the stream has ended,
+        `scores` holds the log-probabilities of the tokens from `first` on.
+
+        Raises RequestError, QueueFull or EngineError.
+        """
+        return self._enter(
+            request_id,
+            lambda admission: admission.admit_score(
+                request_id, text, options, first=first, top=top
+            ),
+        )
+
+    def _enter(self, request_id: str, admit: Callable[[Admission], AddRequest]) -> Stream:
         if self._admission is None or self.ready is None:
             raise self.unready or EngineStarting("not started")
         if self._error is not None:
@@ -235,7 +265,7 @@ class AsyncEngine:
             )
         if request_id in self._streams:
             raise ValueError(f"request id {request_id} is in use")
-        request = self._admission.admit(request_id, prompt, params, options)
+        request = admit(self._admission)
         stream = Stream(request, self.tokenizer, self._close_stream)
         self._streams[request_id] = stream
         self._send(request)

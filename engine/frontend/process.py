@@ -18,8 +18,8 @@ from engine.errors import EngineStartError
 MAX_SOCKET_PATH = 107
 """What a Unix socket's address holds, without the terminating zero (103 on macOS)."""
 
-BACK_OFF_SECONDS = 0.1
-"""Before the first restart; twice as long before each further one."""
+BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.1, 5.0
+"""Before the first restart; twice as long before each further one, up to the second."""
 
 HEALTHY_SECONDS = 60.0
 """A process that has lived so long has had nothing to do with the deaths before."""
@@ -123,7 +123,7 @@ class Supervisor:
                 self._in_a_row = 0
             if self._in_a_row >= self._max_restarts:
                 return status
-            self._due = now + BACK_OFF_SECONDS * 2**self._in_a_row
+            self._due = now + min(BACK_OFF_SECONDS * 2**self._in_a_row, MAX_BACK_OFF_SECONDS)
         if now >= self._due:
             self._due = None
             self._in_a_row += 1

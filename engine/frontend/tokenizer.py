@@ -13,11 +13,15 @@ from typing import Any
 import tiktoken
 
 from engine.errors import TokenizerError
+from engine.frontend.preparation import CHARACTERS_PER_BYTE, Preparation
 
 RANKS_FILE = "tokenizer.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
 RANK = re.compile(rb"((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?) (\d{1,9})")
 """A line of a ranks file."""
+
+UTF8_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
+"""All that a text can hold; GPT-NeoX has no tokens for the others."""
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -33,7 +37,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(match[1])] = int(match[2])
         elif line:
             raise TokenizerError(f"{path}:{number}: expected `base64 rank`, got {line!r}")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    missing = [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]
     if missing:
         raise TokenizerError(
             f"{path}: {len(missing)} single bytes have no rank, first {missing[0]}"
@@ -46,7 +50,7 @@ def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
@@ -65,14 +69,23 @@ class Tokenizer:
     """A byte-level BPE. Text of special tokens in a prompt is text, nothing more."""
 
     def __init__(
-        self, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
+        self,
+        pattern: str,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        preparation: Preparation | None = None,
     ) -> None:
         """pattern: the split; ranks: token -> id and priority; special_tokens: name -> id.
 
+        preparation: what becomes of a text before the split.
         Raises TokenizerError where tiktoken refuses them or two tokens share an id.
         """
-        ids = [*ranks.values(), *special_tokens.values()]
-        if len(set(ids)) != len(ids):
+        self._preparation = preparation
+        added = {} if preparation is None else {a.id: a.text.encode() for a in preparation.added}
+        # The same bytes by a merge and by being cut out of the text may be the same token.
+        self._added = {i: text for i, text in added.items() if ranks.get(text) != i}
+        ids = [*ranks.values(), *special_tokens.values(), *self._added]
+        if len(set(ids)) != len(ids) or (preparation and len(added) != len(preparation.added)):
             raise TokenizerError("two tokens of the tokenizer share an id")
         self.special_tokens = dict(special_tokens)
         self._special_ids = frozenset(special_tokens.values())
@@ -86,7 +99,10 @@ class Tokenizer:
             )
         except ValueError as error:
             raise TokenizerError(f"the tokenizer cannot be built: {error}") from error
-        self.longest_token = max(map(len, ranks))
+        normalizes = preparation is not None and preparation.normalization is not None
+        longest = max(map(len, [*ranks, *added.values()]))
+        self.longest_token = longest * (CHARACTERS_PER_BYTE if normalizes else 1)
+        """Characters of a text that may become one token, at most."""
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
@@ -97,7 +113,12 @@ class Tokenizer:
                 return CharacterTokenizer.from_directory(directory)
             raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
         config = _read_config(directory / CONFIG_FILE)
-        return cls(config["pattern"], _read_ranks(path), config.get("special_tokens", {}))
+        try:
+            preparation = Preparation.from_config(config)
+        except TokenizerError as error:
+            raise TokenizerError(f"{directory / CONFIG_FILE}: {error}") from error
+        special = config.get("special_tokens", {})
+        return cls(config["pattern"], _read_ranks(path), special, preparation)
 
     def __len__(self) -> int:
         """One more than the highest id."""
@@ -118,6 +139,14 @@ class Tokenizer:
         expression give up (a million spaces).
         """
         text.encode("utf-8")
+        if self._preparation is None:
+            return self._encode(text)
+        ids: list[int] = []
+        for piece in self._preparation.pieces(text):
+            ids += [piece] if isinstance(piece, int) else self._encode(piece)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
@@ -129,6 +158,8 @@ class Tokenizer:
         """The bytes of a token; nothing for a special one. KeyError where no token has the id."""
         if token_id in self._special_ids:
             return b""
+        if token_id in self._added:
+            return self._added[token_id]
         return self._encoding.decode_single_token_bytes(token_id)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -161,7 +192,10 @@ class CharacterTokenizer(Tokenizer):
         characters = _read_json(path).get("characters")
         if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
             raise TokenizerError(f"{path}: `characters` must be a list of texts")
-        return cls(characters)
+        try:
+            return cls(characters)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. UnicodeEncodeError for a character that the alphabet lacks."""

@@ -194,9 +194,10 @@ def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
         return TritonProduct(linear, activation, found[shape])
 
     for at, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         if isinstance(block.qk_norm, QKNorm):
-            block.qk_norm.query = serve_norm(block.qk_norm.query)
-            block.qk_norm.key = serve_norm(block.qk_norm.key)
+            for name, norm in list(block.qk_norm.named_children()):
+                setattr(block.qk_norm, name, serve_norm(norm))
         model.blocks[at] = TritonBlock(block, model.config.activation, make_product)
     model.norm = serve_norm(model.norm)
-    model.head = PackedLinear(model.head, None, make_product)
+    setattr(model, "head", PackedLinear(model.head, None, make_product))  # noqa: B010

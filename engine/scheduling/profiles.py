@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 
 from engine.messages import ProfileRow
 from engine.request import Request
@@ -55,6 +56,11 @@ class ProfileRows:
     def has_room(self, request: Request) -> bool:
         """Whether the rotation that was settled has a row, or can have one."""
         return request.scaling in self._rows or bool(self._idle)
+
+    def has_room_beside(self, request: Request, others: Sequence[Request]) -> bool:
+        """Whether the rotation that was settled could have a row while only the others run."""
+        held = {OWN, *(other.profile for other in others)}
+        return self._rows.get(request.scaling) in held or len(held) < len(self._scalings)
 
     def take(self, request: Request) -> None:
         """Give a request the row of its rotation. Without room for it a bug: KeyError."""

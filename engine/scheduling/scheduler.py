@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.messages import (
     EngineOutput,
     EngineStats,
-    SampledToken,
     ScheduledRequest,
     SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
 )
 from engine.request import FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
@@ -50,6 +51,7 @@ class Scheduler:
         self._released: list[str] = []
         self._deadlines: list[tuple[float, str]] = []  # soonest first
         self._ended: list[EngineOutput] = []  # without a token, in this step
+        self._scores: dict[str, list[TokenLogprobs]] = {}  # until the request's next token
         self._numbers = count()
         self._steps = 0
         self._preemptions = 0
@@ -113,7 +115,7 @@ class Scheduler:
         self._steps += 1
         self._expire()
         scheduled: dict[str, ScheduledRequest] = {}
-        alone = bool(self._suspects) and self._try_alone(self._suspects[0], scheduled)
+        alone = any(self._try_alone(suspect, scheduled) for suspect in self._suspects)
         if not alone:
             self._choose(scheduled)
         released, self._released = self._released, []
@@ -133,8 +135,10 @@ class Scheduler:
             budget += self._make_room(request, scheduled)
             if request.status is RequestStatus.RUNNING:
                 budget -= self._take(request, budget, scheduled)
-        if len(self._running) == num_running and not self._suspects:
-            self._admit(budget, scheduled)  # nothing was preempted: there may be room for more
+        if len(self._running) < num_running:
+            return  # something was preempted: there is no room for more
+        if not any(self._fits_beside_pinned(suspect) for suspect in self._suspects):
+            self._admit(budget, scheduled)
 
     def _try_alone(self, suspect: Request, scheduled: dict[str, ScheduledRequest]) -> bool:
         """Compute nothing but a suspect. False: there is no room for it yet."""
@@ -147,13 +151,16 @@ class Scheduler:
             self._take(suspect, self.config.max_num_batched_tokens, scheduled)
         return True
 
-    def update(self, step: SchedulerOutput, sampled: Sequence[SampledToken]) -> list[EngineOutput]:
-        """Take in what a step computed: `sampled` in the order of the scheduled that sample."""
+    def update(self, step: SchedulerOutput, result: StepResult) -> list[EngineOutput]:
+        """Take in what a step computed."""
         outputs, self._ended = self._ended, []
-        tokens = iter(sampled)
+        tokens = iter(result.sampled)
         for item in step.scheduled:
             request = item.request
             request.num_computed_tokens += item.num_tokens
+            if scores := result.scores.get(request.request_id):
+                request.num_scored += len(scores)
+                self._scores.setdefault(request.request_id, []).extend(scores)
             self.tables.remember(request)
             if not item.samples:
                 continue
@@ -170,6 +177,7 @@ class Scheduler:
                 request.finish_reason = FinishReason.STOP
             elif request.num_output_tokens >= request.max_tokens:
                 request.finish_reason = FinishReason.LENGTH
+            all_scores = self._scores.pop(request.request_id, None)
             if request.finish_reason is not None:
                 self._forget(request)
             elif request.span > request.steady_until:
@@ -183,6 +191,7 @@ class Scheduler:
                     token.logprobs,
                     queue_seconds,
                     request.num_cached_tokens if index == 0 else 0,
+                    all_scores,
                 )
             )
         return outputs
@@ -194,11 +203,15 @@ class Scheduler:
         through its own prompt. One that may not be preempted starts only when everything that such
         requests may ever hold fits the pool; until then others pass it, since they can be. One
         whose rotation has no row is passed by those of the model's own: others would keep the rows.
+        Others also pass one that must wait for a pinned one's end: it may be endless.
         """
         at = 0
         pinned_fit = rows_left = True
         while at < len(self._waiting) and budget and len(self._running) < self.config.max_num_seqs:
             request = self._waiting[at]
+            if request.suspect:  # it runs alone, or not yet
+                at += 1
+                continue
             self.profiles.settle(request)
             if not self.profiles.is_own(request):
                 rows_left = rows_left and self.profiles.has_room(request)
@@ -211,7 +224,10 @@ class Scheduler:
                     at += 1
                     continue
             if not self._start(request):
-                break
+                if self._fits_beside_pinned(request):
+                    break
+                at += 1
+                continue
             budget -= self._take(request, budget, scheduled)
 
     def _start(self, request: Request) -> bool:
@@ -303,6 +319,16 @@ class Scheduler:
         pinned = sum(self.tables.quota(each) for each in self._running if each.pinned)
         return pinned + self.tables.quota(request) <= self.pool.num_blocks
 
+    def _fits_beside_pinned(self, request: Request) -> bool:
+        """Whether a waiting request can start before any pinned one ends, once the others do."""
+        pinned = [each for each in self._running if each.pinned]
+        if not self.profiles.has_room_beside(request, pinned):
+            return False
+        if self._must_pin(request):
+            return self._quotas_fit(request)
+        held = sum(self.tables.quota(each) for each in pinned)
+        return held + self.pool.blocks_for(reach(request)) <= self.pool.num_blocks
+
     def _acquit(self, request: Request) -> None:
         """It has come further than where an engine died, or it is gone."""
         if request.suspect:
@@ -321,6 +347,7 @@ class Scheduler:
             del self._deadlines[bisect_left(self._deadlines, deadline)]
         request.status = RequestStatus.FINISHED
         self._released.append(request.request_id)
+        self._scores.pop(request.request_id, None)
         del self._requests[request.request_id]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.request import SINK_BLOCKS, Request
+from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix_cache import CachedPage
 from engine.scheduling.profiles import ProfileRows
@@ -32,8 +32,11 @@ class BlockTables:
 
     def known_pages(self, request: Request) -> list[CachedPage]:
         """Cached pages of a request's beginning; never all of it, since its last token is what the
-        next one is computed from, and nothing behind which pages were dropped."""
+        next one is computed from, nothing behind which pages were dropped, and nothing that is to
+        be scored."""
         max_blocks = (reach(request) - 1) // self.pool.block_size
+        if request.next_scored is not None:
+            max_blocks = min(max_blocks, request.next_scored // self.pool.block_size)
         return self.pool.match(request.origin, request.token_ids, max_blocks)
 
     def begin(self, request: Request, pages: list[CachedPage]) -> None:
@@ -64,7 +67,7 @@ class BlockTables:
         dropped = request.window.num_dropped_blocks(request.num_computed_tokens)
         if dropped > request.num_dropped_blocks:
             request.num_dropped_blocks += 1
-            self.pool.release([request.block_table.pop(SINK_BLOCKS)])
+            self.pool.release([request.block_table.pop(request.window.num_sinks)])
             request.bases.pop()
 
     def remember(self, request: Request) -> None:

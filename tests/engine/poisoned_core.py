@@ -8,7 +8,7 @@ import sys
 
 from engine import core
 from engine.execution.runner import ModelRunner
-from engine.messages import SampledToken, SchedulerOutput
+from engine.messages import SchedulerOutput, StepResult
 
 POISON = 13
 HARMLESS_TOKENS = 2
@@ -17,7 +17,7 @@ HARMLESS_TOKENS = 2
 class MortalRunner(ModelRunner):
     """Dies as by a fault in a kernel: at once, with whatever else is computed."""
 
-    def execute(self, step: SchedulerOutput) -> list[SampledToken]:
+    def execute(self, step: SchedulerOutput) -> StepResult:
         for item in step.scheduled:
             request = item.request
             poisoned = POISON in request.token_ids[: request.num_prompt_tokens]

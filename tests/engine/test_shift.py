@@ -77,7 +77,8 @@ def bits(outputs: list[EngineOutput]) -> list[object]:
 class ShiftedAttention:
     """One token at a time in float64, keys kept as they are and rotated anew for every query."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_sinks: int = SINK_BLOCKS) -> None:
+        self._sinks = num_sinks
         self._table = RotaryTable.for_model(CONFIG)
         self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
@@ -88,9 +89,9 @@ class ShiftedAttention:
         index = len(seen) - 1
         shift = max(0, index // SIZE - WINDOW.num_blocks + 1)
         visible = [
-            (at if at // SIZE < SINK_BLOCKS else at - shift * SIZE, *seen[at])
+            (at if at // SIZE < self._sinks else at - shift * SIZE, *seen[at])
             for at in range(len(seen))
-            if at // SIZE < SINK_BLOCKS or at // SIZE >= SINK_BLOCKS + shift
+            if at // SIZE < self._sinks or at // SIZE >= self._sinks + shift
         ]
         at = torch.tensor([position for position, _, _ in visible])
         keys = torch.stack([key for _, key, _ in visible])  # [slots, heads, dim]

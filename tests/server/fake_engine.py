@@ -31,6 +31,7 @@ READY = EngineReady(
     device="cpu",
     dtype="float32",
     attention="none",
+    products="none",
     num_blocks=8,
     block_size=16,
     kv_bytes=1 << 20,

@@ -58,7 +58,8 @@ def test_environment_variables_are_options(tiny_model_dir: Path) -> None:
 
 
 def test_no_model(tmp_path: Path) -> None:
-    for directory, words in ((tmp_path / "none", "not a model directory"), (tmp_path, "tokenizer")):
+    missing = tmp_path / "none"
+    for directory, words in ((missing, "no such file or directory"), (tmp_path, "no weights")):
         result = runner.invoke(app, ["serve", str(directory)])
         assert result.exit_code == 1
         assert result.stderr.startswith("error: ")

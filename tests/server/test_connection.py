@@ -210,6 +210,7 @@ async def test_metrics(served: Served) -> None:
     for line in (
         "ropeway_num_requests_running 1.0",
         "ropeway_num_requests_waiting 2.0",
+        "ropeway_open_streams 0.0",
         "ropeway_kv_blocks_used 5.0",
         "ropeway_kv_blocks_free 3.0",
         "ropeway_kv_blocks_cached 4.0",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +172,7 @@ def write_hugging_face(directory: Path, state: dict[str, Tensor], said: dict[str
     write_tokenizer(directory)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards", "no prefix"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards", "bin shards", "no prefix"])
 def test_hugging_face_gpt2(tmp_path: Path, kind: str) -> None:
     config, tensors = make(tmp_path / "model", activation="gelu_tanh")
     state = rename(tensors, HF_GPT2, config)
@@ -189,6 +191,12 @@ def test_hugging_face_gpt2(tmp_path: Path, kind: str) -> None:
     if kind == "bin":
         (source / "model.safetensors").unlink()
         torch.save(state, source / "pytorch_model.bin")
+    if kind == "bin shards":
+        (source / "model.safetensors").unlink()
+        names = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
+        for file in set(names.values()):
+            torch.save({n: t for n, t in state.items() if names[n] == file}, source / file)
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
     if kind == "shards":
         (source / "model.safetensors").unlink()
         names = {name: f"{i % 2}.safetensors" for i, name in enumerate(state)}
@@ -239,8 +247,31 @@ def test_litgpt(tmp_path: Path, table: Any) -> None:
         describe(open_source(source))
 
 
+def test_settings_of_another_format(tmp_path: Path) -> None:
+    """A default means something only where the format's own file leaves it out."""
+    config, tensors = make(tmp_path / "model", parallel_residual=True, tie_embeddings=False)
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save(rename(tensors, LITGPT, config), source / "lit_model.pth")
+    (source / "config.json").write_text('{"model_type": "gpt_neox", "num_attention_heads": 2}')
+    with pytest.raises(CheckpointError, match=r"keeps its settings in model_config\.yaml, which"):
+        describe(open_source(source))
+    neox = tmp_path / "neox"
+    convert(tmp_path / "model", neox, "gpt-neox")
+    said = json.loads((neox / "config.json").read_text())
+    (neox / "config.json").write_text(json.dumps(said | {"model_type": "gpt_neox_japanese"}))
+    with pytest.raises(CheckpointError, match=r"model_type is 'gpt_neox_japanese' in config\.json"):
+        describe(open_source(neox))
+    (neox / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"keeps its settings in config\.json, which"):
+        describe(open_source(neox))
+
+
 def modded(tensors: dict[str, Tensor], token_ids: Tensor, heads: int) -> Tensor:
-    """The network of October 2024, by its description: -theta, QK-norm, relu^2, bare RMS norms."""
+    """The network of mid-October 2024, by its published code: tied, -theta, QK-norm, relu^2.
+
+    Its norms have no weights. Its trainer rounded cosines and sines to bfloat16, in which it ran.
+    """
 
     def norm(x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.size(-1),))
@@ -284,7 +315,10 @@ def test_modded_nanogpt(tmp_path: Path) -> None:
     expected = modded(state, TOKENS, heads=2)
     assert (logits(tmp_path / "out") - expected).abs().max() <= 1e-4 * expected.abs().max()
 
-    for code in ("x + self.attn_scale * y", "30 * torch.tanh(logits / 30)"):
+    normalised = (
+        "x = self.transformer.wte(idx) # (b, t, n_embd)\n  x = F.rms_norm(x, (x.size(-1),))"
+    )
+    for code in ("x + self.attn_scale * y", "30 * torch.tanh(logits / 30)", normalised):
         torch.save(content | {"code": code}, source)
         with pytest.raises(CheckpointError, match="in the code in it: its trainer"):
             describe(open_source(source))
@@ -414,6 +448,38 @@ def test_shards_are_written_where_a_model_is_large(
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "model"))
     convert(tmp_path / "out", tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "model"))
+
+
+def test_an_end_token_that_is_no_token(tmp_path: Path) -> None:
+    config, tensors = make(tmp_path / "model")
+    path = tmp_path / "ckpt.pt"
+    args = nanogpt_args(config, eos_token_id=50_256)
+    torch.save({"model": rename(tensors, NANOGPT, config), "model_args": args}, path)
+    description = describe(open_source(path))
+    assert "eos_token_id" not in description.known
+    assert description.why["eos_token_id"].endswith("eos_token_id is 50256, which no token has")
+    with pytest.raises(CheckpointError, match="eos_token_id must be an id below 288, got 288"):
+        describe(open_source(path), {"eos_token_id": 288})
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the second shard; what was written goes, the user's files stay."""
+    make(tmp_path / "model")
+    monkeypatch.setattr("weights.convert.SHARD_BYTES", 100_000)
+    write_bytes, shards = Path.write_bytes, []
+
+    def full(path: Path, content: bytes) -> int:
+        if path.suffix == ".safetensors":
+            shards.append(path)
+            if len(shards) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left on device"):
+        convert(tmp_path / "model", tmp_path / "out")
+    assert len(shards) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

@@ -188,6 +188,29 @@ def test_a_text_that_is_too_short(base_1000: Path) -> None:
     assert len(sample_text()) > 8000
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (bytes(range(256)), "is no text in UTF-8"),
+    ],
+)
+def test_texts_that_cannot_be(tmp_path: Path, content: bytes | None, message: str) -> None:
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", tiny_config())
+    text = tmp_path / "text"
+    if content is not None:
+        text.write_bytes(content)
+    for command in (["inspect"], ["convert", str(tmp_path / "out")]):
+        arguments = [command[0], str(tmp_path / "model"), *command[1:], "--text", str(text)]
+        run = CliRunner().invoke(app, arguments)
+        assert run.exit_code == 1
+        assert run.stderr.startswith(f"error: --text {text}: {message}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model", tiny_config())
@@ -206,3 +229,5 @@ def test_commands(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["inspect", str(tmp_path / "neox"), "--set", "rotary=3"])
     assert run.exit_code == 1
     assert "--set rotary=3: expected NAME=VALUE with one of" in run.output
+    run = CliRunner().invoke(app, ["inspect", str(tmp_path / "neox"), "--set", "rope_base=null"])
+    assert run.stderr == "error: --set rope_base=null: null is no value\n"

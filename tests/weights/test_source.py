@@ -116,6 +116,44 @@ def test_files_without_a_state_dict(tmp_path: Path, content: Any, message: str) 
         open_source(tmp_path / "a.pt")
 
 
+def test_files_from_before_pytorch_1_6(tmp_path: Path) -> None:
+    content = {"w": torch.ones(2)}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"format from before PyTorch 1\.6, which cannot be"):
+        open_source(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 200_000, "cannot be read as JSON: maximum recursion"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": []}', "has no weight_map"),
+        ('{"weight_map": {"w": null}}', "shard 'None' is not a plain file name"),
+        ('{"weight_map": {"w": "/etc/passwd"}}', "shard '/etc/passwd' is not a plain file name"),
+        ('{"weight_map": {"w": "gone.bin"}}', "gone.bin: cannot be read as a torch file"),
+    ],
+)
+def test_an_index_that_cannot_be(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "pytorch_model.bin.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tmp_path)
+
+
+def test_settings_nested_beyond_all_measure(tmp_path: Path) -> None:
+    for weights, name, content in (
+        ("ckpt.pt", "config.json", '{"a":' * 100_000),
+        ("lit_model.pth", "model_config.yaml", "[" * 5000),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.save({"w": torch.ones(1)}, folder / weights)
+        (folder / name).write_text(content)
+        with pytest.raises(CheckpointError, match=f"{name}: cannot be read as"):
+            open_source(folder)
+
+
 def test_directories(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or directory"):
         open_source(tmp_path / "nowhere")

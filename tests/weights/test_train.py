@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
+from engine.errors import ConfigError
 from engine.model.attention.causal import CausalAttention
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable
@@ -17,8 +22,9 @@ from weights.evaluate import bits_per_byte
 from weights.export import export_weights
 from weights.loss import head_loss, token_losses
 from weights.optimizer import Schedule
+from weights.recipe import Recipe
 from weights.tokens import Mixture, Tokens
-from weights.train import Recipe, Trainer, end_asked_for, run
+from weights.train import Trainer, end_asked_for, run
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -36,10 +42,30 @@ RECIPE = Recipe(
     long_length=32,
     long_below=0.7,
     warmup=2,
-    decay_steps=3,
-    steps=4,
+    decay_share=0.4,
+    steps=7,
     seed=3,
+    evaluate_every=2,
+    save_seconds=1000,
 )
+
+
+class Listener:
+    """A watcher that remembers."""
+
+    def __init__(self) -> None:
+        self.ends: list[int | None] = []
+        self.held_out: list[Mapping[str, Any]] = []
+        self.messages: list[str] = []
+
+    def stepped(self, values: Mapping[str, Any], end: int | None) -> None:
+        self.ends.append(end)
+
+    def measured(self, values: Mapping[str, Any]) -> None:
+        self.held_out.append(values["held_out"])
+
+    def told(self, message: str) -> None:
+        self.messages.append(message)
 
 
 def sources() -> dict[str, Tokens]:
@@ -104,7 +130,11 @@ def test_a_resumed_run_goes_on_exactly(tmp_path: Path) -> None:
 
 def test_a_run_decays_when_asked_and_leaves_a_model_that_loads(tmp_path: Path) -> None:
     trainer = Trainer(CONFIG, RECIPE, sources())
-    run(trainer, tmp_path, {"up": sources()["up"]}, every=2, save_seconds=1000)
+    listener, saves = Listener(), []
+    run(trainer, tmp_path, {"up": sources()["up"]}, listener, lambda: saves.append(trainer.step))
+    assert (listener.ends, saves) == ([None] * 4 + [7] * 3, [7])
+    assert listener.messages == ["step 4: ends in 3 steps"]
+    assert [set(losses) for losses in listener.held_out] == [{"up"}] * 3
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [e["length"] for e in entries if "loss" in e] == [16, 16, 16, 16, 16, 32, 32]
     assert [set(e["held_out"]) for e in entries if "held_out" in e] == [{"up"}] * 3
@@ -116,13 +146,62 @@ def test_a_run_decays_when_asked_and_leaves_a_model_that_loads(tmp_path: Path) -
     assert 0 < bits_per_byte(model, sources()["up"][:100], size=100) < 10
 
 
-@pytest.mark.parametrize(("request_text", "steps"), [("7\n", 7), ("now", 3), ("", None)])
+@pytest.mark.parametrize(("request_text", "steps"), [("7\n", 7), ("now", 2), ("", None)])
 def test_a_file_asks_for_the_end(tmp_path: Path, request_text: str, steps: int | None) -> None:
     trainer = Trainer(CONFIG, RECIPE, sources())
+    trainer.step = 3
     assert end_asked_for(tmp_path, trainer) is None
     (tmp_path / "end").write_text(request_text)
     assert end_asked_for(tmp_path, trainer) == steps
     assert end_asked_for(tmp_path, trainer) is None
+
+
+def test_minutes_include_the_decay(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, steps=None, minutes=10.0, decay_share=0.2)
+    trainer = Trainer(CONFIG, recipe, sources())
+    trainer.step, trainer.busy = 400, 479.0
+    assert end_asked_for(tmp_path, trainer) is None
+    trainer.busy = 480.0
+    assert end_asked_for(tmp_path, trainer) == 100
+
+
+def test_a_cosine_falls_from_the_warm_up_to_the_last_step() -> None:
+    schedule = Schedule.of(replace(RECIPE, schedule="cosine", steps=102))
+    assert [schedule.scale(step) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert schedule.scale(27) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert schedule.scale(52) == pytest.approx(0.5)
+    assert schedule.scale(102) == 0
+    assert (schedule.end, schedule.finished(101), schedule.finished(102)) == (102, False, True)
+
+
+def test_adamw_alone_equals_pytorchs_on_all_parameters() -> None:
+    ours = Trainer(CONFIG, replace(RECIPE, optimizer="adamw"), sources())
+    theirs = Trainer(CONFIG, RECIPE, sources())
+    matrices = [p for n, p in theirs.model.named_parameters() if p.ndim == 2 and "blocks" in n]
+    others = [p for n, p in theirs.model.named_parameters() if p.ndim < 2 or "blocks" not in n]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        lr=RECIPE.learning_rate / 2,  # the first step of two of warming up
+        betas=(0.9, 0.95),
+    )
+    ours.train_step()
+    theirs.loss(*theirs.mixture.batch(0, 4, 16)).backward()
+    torch.nn.utils.clip_grad_norm_(theirs.model.parameters(), 1.0)
+    adamw.step()
+    torch.testing.assert_close(ours.model.state_dict(), theirs.model.state_dict())
+
+
+def test_a_source_smaller_than_a_window_is_refused() -> None:
+    small = {"up": sources()["up"], "few": np.zeros(32, np.uint16)}
+    with pytest.raises(ConfigError, match="source few has 32 tokens: too few for a window of 32"):
+        Trainer(CONFIG, RECIPE, small)
+
+
+def test_a_checkpoint_of_another_network_is_refused() -> None:
+    state = Trainer(CONFIG, RECIPE, sources()).checkpoint()
+    other = Trainer(replace(CONFIG, num_heads=4), RECIPE, sources())
+    with pytest.raises(ConfigError, match="the checkpoint's num_heads is 2, and 4 is asked for"):
+        other.restore(state)
 
 
 @pytest.mark.parametrize("time", [1, 24, 600])

@@ -13,6 +13,7 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.gpt2 import GPT2
+from weights.files import SETTINGS_FILES
 from weights.formats.known import FORMATS, UNSUPPORTED, UNSUPPORTED_CODE
 from weights.formats.rotation import from_frequencies, learned
 from weights.formats.table import MODULES, ROPE_FIELDS, Format, Layout, Setting
@@ -76,7 +77,7 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     description = _sort(source, chosen, tensors)
     for name, value in (declared or {}).items():
         description.note(name, value, "declared")
-    _check_limits(source, chosen)
+    _check_settings(source, chosen)
     for name, setting in chosen.settings.items():
         value, key = _look_up(source, setting)
         description.note(name, value, f"{source.settings_file}: {key}" if key else "the default")
@@ -206,7 +207,21 @@ def _look_up(source: Source, setting: Setting) -> tuple[Any, str]:
     return value, said
 
 
-def _check_limits(source: Source, chosen: Format) -> None:
+def _check_settings(source: Source, chosen: Format) -> None:
+    """Raise where the settings are another format's, or ask for what the engine has not."""
+    if chosen.settings_name and source.settings_file in {"", *SETTINGS_FILES} - {
+        chosen.settings_name
+    }:
+        raise CheckpointError(
+            f"{source.path}: {chosen.title} keeps its settings in {chosen.settings_name}, which is "
+            "not beside the weights"
+        )
+    said = source.settings.get("model_type")
+    if said is not None and chosen.model_types and said not in chosen.model_types:
+        raise CheckpointError(
+            f"{source.path}: model_type is {said!r} in {source.settings_file}; the tensors are "
+            f"those of {chosen.title}, which says {' or '.join(chosen.model_types)}"
+        )
     for limit in chosen.limits:
         value = _get(source.settings, limit.key)
         allowed = [
@@ -263,8 +278,16 @@ def _from_tensors(description: Description) -> None:
     eos = known.get("eos_token_id")
     description.note("vocab_size", known["padded_vocab_size"], "shapes")
     known["vocab_size"] = min(known["vocab_size"], known["padded_vocab_size"])
-    if eos is None or not 0 <= eos < known["vocab_size"]:
-        known.pop("eos_token_id", None)
+    if eos is not None and not 0 <= eos < known["vocab_size"]:
+        why = description.why["eos_token_id"]
+        if why == "declared":
+            raise CheckpointError(
+                f"{description.source.path}: eos_token_id must be an id below "
+                f"{known['vocab_size']}, got {eos}"
+            )
+        # GPT-2's 50,256 stands in many a config.json whose vocabulary is smaller.
+        description.why["eos_token_id"] = f"{why} is {eos}, which no token has"
+        known.pop("eos_token_id")
 
 
 def _from_frequencies(description: Description) -> None:

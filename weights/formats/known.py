@@ -54,6 +54,9 @@ UNSUPPORTED = {
 
 UNSUPPORTED_CODE = {
     r"\battn_scale\b": "its trainer scales what attention adds, which is not supported",
+    r"\bwte\(\w+\)[^\n]*\n\s*x = F\.rms_norm": (
+        "its trainer normalises the embedding, which is not supported"
+    ),
     r"\btanh\(\s*logits": "its trainer caps the logits, which is not supported",
 }
 """Refused where a file brings its trainer's code along."""
@@ -163,7 +166,6 @@ NANOGPT = Format(
 HF_GPT2 = Format(
     name="hf-gpt2",
     title="Hugging Face GPT-2 with RoPE",
-    model_types=("gpt2",),
     marks=NANOGPT.marks,
     modules=GPT2_MODULES,
     settings=HF_GPT2_SETTINGS | ROPE_SETTINGS,
@@ -205,6 +207,7 @@ GPT_NEOX = Format(
         "eos_token_id": Setting(("eos_token_id",)),
     },
     fixed={"pairing": "half", "rope_sign": 1},
+    settings_name="config.json",
     layout="per_head",
     ignored=(*MASKS, r".*rotary_emb\.inv_freq"),
     limits=(
@@ -226,6 +229,7 @@ GPTJ = Format(
         )
     },
     settings=GPTJ_SETTINGS,
+    settings_name="config.json",
     fixed=GPTJ_FIXED,
     ignored=MASKS,
     limits=HF_LIMITS,
@@ -237,6 +241,7 @@ CODEGEN = Format(
     marks=(r"transformer\.h\.0\.attn\.qkv_proj\.weight",),
     modules=GPTJ_MODULES | {"qkv": GPT2_LAYER + "attn.qkv_proj"},
     settings=GPTJ_SETTINGS,
+    settings_name="config.json",
     fixed=GPTJ_FIXED,
     layout="codegen",
     ignored=(*MASKS, r".*attn\.causal_mask"),
@@ -288,6 +293,7 @@ LITGPT = Format(
     marks=(r"transformer\.h\.0\.attn\.qkv\.weight", r"transformer\.h\.0\.norm_2\.weight"),
     modules=_LITGPT_MODULES,
     settings=_LITGPT_SETTINGS,
+    settings_name="model_config.yaml",
     fixed={"pairing": "half", "rope_sign": 1},
     ignored=MASKS,
     limits=(*_LITGPT_LIMITS, Limit("shared_attention_norm", (None, False), "a shared norm")),
@@ -298,6 +304,7 @@ LITGPT_SHARED = Format(
     marks=(r"transformer\.h\.0\.attn\.qkv\.weight",),
     modules=_LITGPT_MODULES | {"norm2": GPT2_LAYER + "norm_1"},
     settings=_LITGPT_SETTINGS,
+    settings_name="model_config.yaml",
     fixed=LITGPT.fixed,
     ignored=MASKS,
     limits=(*_LITGPT_LIMITS, Limit("shared_attention_norm", (True,), "norm_2 is missing")),
@@ -308,6 +315,7 @@ LITGPT_OLD = Format(
     marks=(r"transformer\.h\.0\.attn\.attn\.weight", r"transformer\.h\.0\.norm_2\.weight"),
     modules=_LITGPT_MODULES | {"qkv": GPT2_LAYER + "attn.attn"},
     settings=_LITGPT_SETTINGS,
+    settings_name="model_config.yaml",
     fixed=LITGPT.fixed,
     layout="per_head",
     ignored=MASKS,

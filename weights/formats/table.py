@@ -53,6 +53,7 @@ class Format:
     modules: our module -> theirs, or three of theirs to be put one below the other.
     transposed: our modules whose weights are stored [in, out], as Conv1D has them.
     layout: of the rows of qkv; None: a fork's own, as is its norm where that has no biases.
+    settings_name: the file without which the settings' defaults mean nothing.
     complete_with: a settings file with this key is our own: what it does not say is ModelConfig's
     default.
     settings, fixed: where a field of ModelConfig stands, or what the architecture says of it.
@@ -68,6 +69,7 @@ class Format:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     layout: Layout | None = "stacked"
+    settings_name: str = ""
     complete_with: str = ""
     transposed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

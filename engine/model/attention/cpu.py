@@ -7,10 +7,6 @@ Paged attention: Kwon et al. 2023 (arXiv 2309.06180); online softmax: Milakov & 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,22 +20,15 @@ from engine.model.attention.base import (
     KVCache,
     score_scale,
 )
+from engine.model.library import load_kernel
 from engine.model.profiles import ProfileTables
 from engine.scaling import RopeScaling
-
-LIBRARY = Path(__file__).with_name("_cpu_kernel.so")
-VARIANTS = ("avx512", "avx2", "generic")
-"""Instruction sets that the kernel is compiled for, best first."""
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16)
 OUT_OF_MEMORY = 2
 """The kernel's status when it finds no scratch space; 1 is a step outside cache or table."""
-
-
-class KernelUnavailableError(Exception):
-    """The compiled kernel cannot be used here; the message says why."""
 
 
 class _Profile(ctypes.Structure):
@@ -92,65 +81,6 @@ class _Step(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One variant of the compiled kernel: attend(layer, step, qkv, out) -> status."""
-
-    variant: str
-    attend: Callable[..., int]
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """The compiled library, bound to the OpenMP runtime that torch already uses.
-
-    It is linked without one, so that its parallel regions run on torch's own threads: two pools
-    on the same cores would fight.
-    """
-    if not LIBRARY.exists():
-        raise KernelUnavailableError("no compiled kernel: installed without a C++ compiler")
-    # A torch that brings no runtime was linked to the system's.
-    for runtime in _bundled_runtimes() or ["libgomp.so.1"]:
-        try:
-            ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(LIBRARY))
-        except OSError as error:
-            obstacle = error
-    raise KernelUnavailableError(f"the compiled kernel does not load: {obstacle}")
-
-
-def _bundled_runtimes() -> list[str]:
-    """OpenMP runtimes that came with torch: GNU's, Intel's or LLVM's; all serve GNU's calls."""
-    torch_lib = Path(torch.__file__).parent / "lib"
-    names = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*")
-    return [str(path) for name in names for path in sorted(torch_lib.glob(name))]
-
-
-def supported_variants() -> tuple[str, ...]:
-    """Variants that were compiled and that this machine can run, best first.
-
-    Raises KernelUnavailableError when nothing was compiled, or it does not load.
-    """
-    library = load_library()
-    names = [name for name in VARIANTS if hasattr(library, f"ropeway_supports_{name}")]
-    return tuple(name for name in names if library[f"ropeway_supports_{name}"]())
-
-
-def load_kernel(variant: str | None = None) -> Kernel:
-    """The best variant for this machine, or the one asked for.
-
-    Raises KernelUnavailableError, as supported_variants, or when the variant is not among them.
-    """
-    supported = supported_variants()
-    chosen = variant or supported[0]
-    if chosen not in supported:
-        raise KernelUnavailableError(f"variant {chosen!r} is not among {', '.join(supported)}")
-    attend = load_library()[f"ropeway_attention_{chosen}"]
-    attend.argtypes = [ctypes.c_void_p] * 4
-    attend.restype = ctypes.c_int
-    return Kernel(chosen, attend)
-
-
 class CPUBackend(AttentionBackend):
     """The compiled kernel. Runs on torch.get_num_threads() threads; their number changes no bit."""
 
@@ -167,11 +97,10 @@ class CPUBackend(AttentionBackend):
         does not serve (TorchBackend does).
         """
         super().__init__(config, profiles, cache)
-        kernel = load_kernel(variant)
-        self.name = f"cpu-{kernel.variant}"
+        chosen, self._attend = load_kernel("attention", [ctypes.c_void_p] * 4, variant)
+        self.name = f"cpu-{chosen}"
         self.dtype = cache.keys[0].dtype
         self._check_shapes()
-        self._attend = kernel.attend
         self._rows = [(_Profile * profiles.num_rows)() for _ in cache.keys]
         self._layers = [
             _Layer(

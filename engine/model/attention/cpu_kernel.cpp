@@ -9,34 +9,9 @@
 // written as `madd`, or it does not happen.
 //
 // This file is compiled once for each instruction set, into one library, as
-// ropeway_attention_<VARIANT>; the caller asks ropeway_supports_<VARIANT> and chooses. Everything
-// else has internal linkage and no standard header brings a template in: of a shared inline
-// function the linker keeps one copy, which may use instructions that this machine does not have.
+// ropeway_attention_<VARIANT>; the caller asks ropeway_supports_attention_<VARIANT> and chooses.
 
-#include <stdint.h>
-#include <stdlib.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-static inline int omp_get_thread_num() { return 0; }
-#endif
-
-#if defined(__AVX512F__)
-#define LANES 16
-#define REGISTERS 32
-#elif defined(__AVX2__)
-#define LANES 8
-#define REGISTERS 16
-#elif defined(__aarch64__)
-#define LANES 4
-#define REGISTERS 32
-#else
-#define LANES 4
-#define REGISTERS 16
-#endif
+#include "../cpu_vector.h"
 
 // The three structures that Python fills, field by field as in cpu.py.
 
@@ -68,108 +43,10 @@ namespace {
 
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_BLOCK = 64;
-constexpr int TILE_ROWS = 4;   // rows that share each load of a key or value
+constexpr int TILE_ROWS = REGISTERS == 32 && LANES == 16 ? 6 : 4;  // that share each load
 constexpr int SLAB_ROWS = 64;  // rows that share each visit to a page
 constexpr int ROWS_AHEAD = 4;  // rows of qkv are far apart: ask for them early
 constexpr float MINUS_INFINITY = -__builtin_inff();
-
-// ---- Numbers -----------------------------------------------------------------------------------
-
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t BitVec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
-inline void load(const float *from, float &to) { to = *from; }
-inline void load(const float *from, Vec &to) { __builtin_memcpy(&to, from, sizeof to); }
-inline void load(const BFloat16 *from, float &to) {
-    uint32_t bits = uint32_t(from->bits) << 16;
-    __builtin_memcpy(&to, &bits, sizeof to);
-}
-inline void load(const BFloat16 *from, Vec &to) {
-    HalfVec half;
-    __builtin_memcpy(&half, from, sizeof half);
-    to = (Vec)(__builtin_convertvector(half, BitVec) << 16);
-}
-
-inline void store(float *to, float from) { *to = from; }
-inline void store(float *to, Vec from) { __builtin_memcpy(to, &from, sizeof from); }
-inline void store(BFloat16 *to, float from) {  // to nearest, ties to even
-    uint32_t bits;
-    __builtin_memcpy(&bits, &from, sizeof bits);
-    to->bits = from != from ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-template <class T>
-inline void widen(float *to, const T *from, int count) {
-    for (int i = 0; i < count; ++i) load(from + i, to[i]);
-}
-
-// Ask for `count` numbers that will be wanted soon.
-template <class T>
-inline void fetch(const T *from, int count) {
-    for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
-}
-
-inline float madd(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-inline Vec madd(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-#else
-    return a * b + c;
-#endif
-}
-inline Vec all(float x) { return x - Vec{}; }
-
-// 2^x for x <= 0, to 1 ulp; exactly 1 at 0 and exactly 0 below -125, so that a masked slot counts
-// for nothing. The polynomial is the minimax one of 2^f - 1 over |f| <= 1/2 (2e-9 relative).
-inline Vec power_of_two(Vec x) {
-    const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Vec shifted = x + magic;
-    const Vec f = x - (shifted - magic);
-    Vec p = all(0.00015353362f);
-    p = madd(p, f, all(0.00133988750f));
-    p = madd(p, f, all(0.00961843692f));
-    p = madd(p, f, all(0.0555033237f));
-    p = madd(p, f, all(0.240226477f));
-    p = madd(p, f, all(0.693147182f));
-    p = madd(p, f, all(1.0f));
-    const BitVec scaled = (BitVec)p + ((BitVec)shifted << 23);  // p * 2^round(x)
-    return (Vec)(scaled & (BitVec)(x >= all(-125.0f)));
-}
-
-inline float largest(Vec x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float best = x[0];
-    for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
-    return best;
-#endif
-}
-inline float total(Vec x) {  // by halves, a fixed order
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) x[i] += x[i + width];
-    return x[0];
-}
 
 // ---- One page of one head, a tile of rows ------------------------------------------------------
 
@@ -308,7 +185,7 @@ struct Turns {  // of queries, by distance
 // ROWS consecutive positions, the first of them `distance` after the page's base, see one page.
 template <int ROWS, class T>
 inline void attend_tile(Turns turns, Page<T> page, int distance, Rows rows) {
-    constexpr int COLS = smaller(MAX_BLOCK / LANES, REGISTERS / (2 * ROWS));  // half hold sums
+    constexpr int COLS = smaller(MAX_BLOCK / LANES, (REGISTERS - 8) / ROWS);  // 8 are not sums
     const int half = turns.half;
     alignas(64) Queries query[ROWS];
     alignas(64) Weights weights[ROWS];
@@ -325,13 +202,19 @@ inline void attend_tile(Turns turns, Page<T> page, int distance, Rows rows) {
     sum_values<ROWS, COLS>(page, slots, weights, decay, rows.out, 0);
 }
 
-// All rows of one head that see a page; row 0 is `distance` after its base.
+// Rows r and on of one head, in tiles of ROWS, then of half as many; row 0 is `distance` after the
+// page's base.
+template <int ROWS, class T>
+void attend_rows(Turns turns, Page<T> page, int distance, int r, int rows, Rows head) {
+    for (; r + ROWS <= rows; r += ROWS)
+        attend_tile<ROWS>(turns, page, distance + r, head.from(r, page.dim));
+    if constexpr (ROWS > 1) attend_rows<ROWS / 2>(turns, page, distance, r, rows, head);
+}
+
 template <class T>
 void attend_page(Turns turns, Page<T> page, int distance, int rows, Rows head) {
-    int r = larger(0, -distance);  // the rows before it stand before the page
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        attend_tile<TILE_ROWS>(turns, page, distance + r, head.from(r, page.dim));
-    for (; r < rows; ++r) attend_tile<1>(turns, page, distance + r, head.from(r, page.dim));
+    const int first = larger(0, -distance);  // the rows before it stand before the page
+    attend_rows<TILE_ROWS>(turns, page, distance, first, rows, head);
 }
 
 // ---- One item of work: some rows of a sequence, some heads --------------------------------------
@@ -419,13 +302,6 @@ void attend_item(const RopewayLayer &layer, const RopewayStep &step, const Item 
 
 // ---- A step ------------------------------------------------------------------------------------
 
-struct Memory {  // aligned, freed at the end of its scope; null when there is none left
-    void *at;
-    explicit Memory(int64_t bytes) : at(aligned_alloc(64, (bytes + 64) / 64 * 64)) {}
-    ~Memory() { free(at); }
-    Memory(const Memory &) = delete;
-};
-
 // Whether every address that the step asks for lies inside the cache and the tables.
 bool inside(const RopewayLayer &layer, const RopewayStep &step) {
     const int64_t slots = int64_t(layer.num_blocks) * layer.block_size;
@@ -497,20 +373,8 @@ int run(const RopewayLayer &layer, const RopewayStep &step, const T *qkv, T *out
 
 }  // namespace
 
-#define JOIN(a, b) a##b
-#define NAMED(prefix, variant) JOIN(prefix, variant)
-
 // Whether this machine has the instructions of this variant.
-extern "C" int NAMED(ropeway_supports_, VARIANT)() {
-#if defined(__AVX512F__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#elif defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 1;
-#endif
-}
+extern "C" int NAMED(ropeway_supports_attention_, VARIANT)() { return supports_vectors(); }
 
 // qkv [num_rows, 3, num_heads, head_dim] -> out [num_rows, num_heads, head_dim]. Returns 0; 1 when
 // the step points outside the cache or the tables; 2 when memory is short.

@@ -8,8 +8,9 @@ from typing import cast
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.model.attention.base import AttentionBackend, KVCache
-from engine.model.attention.cpu import CPUBackend, KernelUnavailableError
+from engine.model.attention.cpu import CPUBackend
 from engine.model.attention.plain import TorchBackend
+from engine.model.library import KernelUnavailableError
 from engine.model.profiles import ProfileTables
 
 

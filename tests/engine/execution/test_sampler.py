@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.execution.sampler import Sampler, philox, uniforms
+from engine.execution.sampler import NUCLEUS_TOKENS, Sampler, nucleus_threshold, philox, uniforms
 from engine.request import Request, SamplingParams
 
 VOCAB = 12
@@ -208,3 +208,25 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
         for row in range(rows)
     ]
     assert together == alone
+
+
+@pytest.mark.parametrize("temperature", [0.5, 5.0, 1e6])
+def test_the_nucleus_is_that_of_a_full_sort(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4 * NUCLEUS_TOKENS, generator=generator) * 3
+    probabilities = (logits / temperature).softmax(dim=-1)
+    enough = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.999999, 1.0], dtype=torch.float64)
+    expected = []
+    for row, share in zip(probabilities.double().numpy(), enough.tolist(), strict=True):
+        ordered = np.sort(row)[::-1]
+        expected.append(ordered[min(np.searchsorted(ordered.cumsum(), share), len(row) - 1)])
+    assert nucleus_threshold(probabilities, enough)[:, 0].tolist() == expected
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    for wrong in (math.nan, math.inf):
+        logits = LOGITS.repeat(3, 1)
+        logits[1, 4] = wrong
+        requests = [request(SamplingParams(temperature=0)) for _ in range(3)]
+        with pytest.raises(FloatingPointError, match="not finite"):
+            Sampler(VOCAB).sample(logits, requests)

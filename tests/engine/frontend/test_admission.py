@@ -21,6 +21,7 @@ def admission(directory: Path, num_blocks: int = 100) -> Admission:
         device="cpu",
         dtype="float32",
         attention="none",
+        products="none",
         num_blocks=num_blocks,
         block_size=16,
         kv_bytes=1,

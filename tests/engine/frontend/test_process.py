@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import EngineStartError
-from engine.frontend.process import HEALTHY_SECONDS, EngineProcess, Supervisor
+from engine.frontend.process import HEALTHY_SECONDS, MAX_BACK_OFF_SECONDS, EngineProcess, Supervisor
 
 
 def test_a_socket_path_that_is_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,6 +70,12 @@ def test_restarts_come_ever_later_and_end() -> None:
     assert played.die() is None
     assert played.process.starts == 4
     assert played.supervisor.poll() == -9
+
+
+def test_restarts_never_wait_for_long() -> None:
+    played = Played(40)
+    delays = [played.die() for _ in range(40)]
+    assert all(delay is not None and delay <= MAX_BACK_OFF_SECONDS + 0.1 for delay in delays)
 
 
 def test_a_long_life_forgives() -> None:

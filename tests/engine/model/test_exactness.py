@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from engine.model.attention.select import select_backend
 from engine.model.gpt2 import GPT2
 from engine.model.linear import pack
+from engine.model.serving import fuse
 from tests.engine.model.attention.steps import (
     Chunk,
     MakeBackend,
@@ -56,13 +58,30 @@ def _logits(
     return [torch.cat(parts) for parts in rows]
 
 
+MAKE_READY: dict[str, Callable[[GPT2], object]] = {
+    "packed": pack,
+    "fused": fuse,
+    "int8": partial(fuse, quantize="int8"),
+}
+
+
+@pytest.fixture(params=MAKE_READY)
+def make_ready(request: pytest.FixtureRequest) -> Callable[[GPT2], object]:
+    """Every way in which a model is served."""
+    return MAKE_READY[request.param]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("plan", "threads"), [("chunks", 3), ("one by one", 1), ("in company", 2)])
 def test_logits_do_not_depend_on_how_the_work_is_cut(
-    make_backend: MakeBackend, dtype: torch.dtype, plan: str, threads: int
+    make_backend: MakeBackend,
+    make_ready: Callable[[GPT2], object],
+    dtype: torch.dtype,
+    plan: str,
+    threads: int,
 ) -> None:
     model = random_model(tiny_config()).to(dtype)
-    pack(model)
+    make_ready(model)
     expected = _logits(model, make_backend, dtype, [[(0, 0, 150), (1, 0, 9)]])
     torch.set_num_threads(threads)
     actual = _logits(model, make_backend, dtype, PLANS[plan])
@@ -92,9 +111,11 @@ SWITCHES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize(("plan", "threads"), [("chunks", 3), ("in company", 2)])
-def test_with_every_switch(switches: str, dtype: torch.dtype, plan: str, threads: int) -> None:
+def test_with_every_switch(
+    make_ready: Callable[[GPT2], object], switches: str, dtype: torch.dtype, plan: str, threads: int
+) -> None:
     model = random_model(tiny_config(**SWITCHES[switches])).to(dtype)
-    pack(model)
+    make_ready(model)
     expected = _logits(model, select_backend, dtype, [[(0, 0, 150), (1, 0, 9)]])
     torch.set_num_threads(threads)
     actual = _logits(model, select_backend, dtype, PLANS[plan])

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from engine.config import SchedulerConfig
-from engine.request import FinishReason, Request, RequestOptions, RequestStatus, SamplingParams
+from engine.request import (
+    FinishReason,
+    Request,
+    RequestOptions,
+    RequestStatus,
+    SamplingParams,
+    Window,
+)
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from tests.engine.scheduling.test_scheduler import shape, step
@@ -152,3 +159,39 @@ def test_others_pass_one_that_waits_for_pinned_ones() -> None:
         step(scheduler)
     assert second.num_output_tokens == 17
     assert scheduler.stats.preemptions == 0
+
+
+def endless(name: str) -> Request:
+    """A stream that shifts in six pages and has no end."""
+    return Request(
+        name,
+        list(range(4)),
+        SamplingParams(),
+        seed=0,
+        max_tokens=10**9,
+        stop_token_ids=frozenset(),
+        window=Window(4, 6),
+    )
+
+
+def test_others_pass_one_that_waits_for_an_endless_one() -> None:
+    """Eight pages, of which six are the endless stream's in the end: three are never free."""
+    for suspects in (False, True):
+        scheduler = make(Clock(), num_blocks=8, max_num_seqs=4)
+        scheduler.add(endless("a"))
+        for _ in range(40):
+            step(scheduler)
+        large, small = request("b", 12), request("c", 4)
+        if suspects:
+            large.suspect = small.suspect = True
+        for each in (large, small, request("d", 4)):
+            scheduler.add(each)
+        for _ in range(3):
+            step(scheduler)
+        assert scheduler.stats.running == 1
+        assert scheduler.stats.waiting == 1
+        assert large.status is RequestStatus.WAITING
+        scheduler.abort("a")
+        step(scheduler)
+        assert large.status is RequestStatus.FINISHED
+        assert not scheduler.has_unfinished

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engine.config import SchedulerConfig
-from engine.messages import SampledToken, SchedulerOutput
+from engine.messages import (
+    SampledToken,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
+)
 from engine.request import (
     SINK_BLOCKS,
     FinishReason,
@@ -18,6 +24,7 @@ from engine.request import (
     RequestOptions,
     RequestStatus,
     SamplingParams,
+    Targets,
     Window,
 )
 from engine.scaling import RopeScaling
@@ -64,6 +71,8 @@ class Lives(RuleBasedStateMachine):
         self.seen: dict[str, list[int]] = {}
         self.content: dict[tuple[int, int], object] = {}  # (block, offset) -> what was computed
         self.count = 0
+        self.sampled = 0
+        self.prompted = 0
 
     @rule(
         shared=st.integers(0, 12),
@@ -76,6 +85,7 @@ class Lives(RuleBasedStateMachine):
         suspect=st.sampled_from([False] * 5 + [True]),
         done=st.integers(0, 5),
         rope=st.sampled_from(ROPES),
+        scored_from=st.sampled_from([None, None, None, 0, 3]),
     )
     def add(
         self,
@@ -89,8 +99,10 @@ class Lives(RuleBasedStateMachine):
         suspect: bool,
         done: int,
         rope: RopeScaling | None,
+        scored_from: int | None,
     ) -> None:
-        """done: tokens that it had in an earlier engine."""
+        """done: tokens that it had in an earlier engine; scored_from: the first row that is scored,
+        of a request that has none yet."""
         capacity = self.pool.num_blocks * SIZE
         prompt = [*range(shared), *[100 + self.count % 3] * own]
         if not shift:
@@ -98,6 +110,9 @@ class Lives(RuleBasedStateMachine):
             max_tokens = min(max_tokens, capacity + 1 - len(prompt))
         self.count += 1
         done = min(done, max_tokens - 1)
+        targets = None
+        if scored_from is not None and scored_from < len(prompt) and not done:
+            targets = Targets(scored_from, list(range(1000, 1000 + len(prompt) - scored_from)))
         request = Request(
             f"r{self.count}",
             prompt,
@@ -107,6 +122,7 @@ class Lives(RuleBasedStateMachine):
             stop_token_ids=frozenset(),
             options=RequestOptions(priority=priority, timeout_s=timeout_s, cache_salt=salt),
             window=WINDOW if shift else None,
+            targets=targets,
             output_token_ids=[7] * done,
             suspect=suspect,
         )
@@ -143,8 +159,17 @@ class Lives(RuleBasedStateMachine):
             self.check_nobody_waits_in_vain(output)
         self.compute(output)
         sampled = [SampledToken(7) for item in output.scheduled if item.samples]
-        for one in scheduler.update(output, sampled):
+        self.sampled += len(sampled)
+        scores = {item.request.request_id: scored(item) for item in output.scheduled}
+        for one in scheduler.update(output, StepResult(sampled, scores)):
             request = self.alive[one.request_id]
+            if one.token_id is not None and one.index == 0:
+                self.prompted += request.num_prompt_tokens
+                if request.targets is not None:
+                    assert one.scores is not None
+                    assert [each.logprob for each in one.scores] == request.targets.token_ids
+            else:
+                assert one.scores is None
             if one.token_id is None:
                 assert one.finish_reason is FinishReason.TIMEOUT
                 assert one.index == len(self.seen[one.request_id])
@@ -158,6 +183,8 @@ class Lives(RuleBasedStateMachine):
         for each in self.alive.values():
             timeout_s = each.options.timeout_s
             assert timeout_s is None or each.arrival + timeout_s > self.now
+        assert scheduler.stats.output_tokens == self.sampled
+        assert scheduler.stats.prompt_tokens == self.prompted
         self.check()
 
     def compute(self, output: SchedulerOutput) -> None:
@@ -187,28 +214,40 @@ class Lives(RuleBasedStateMachine):
 
     def check_nobody_waits_in_vain(self, output: SchedulerOutput) -> None:
         """Whoever is first in the queue lacks pages, a row, budget or, pinned, its quota."""
-        config = self.scheduler.config
-        if output.alone or any(each.suspect for each in self.alive.values()):
+        scheduler, config = self.scheduler, self.scheduler.config
+        if output.alone:
             return
+        for each in self.alive.values():
+            if each.suspect and scheduler._fits_beside_pinned(each):
+                # It is next, alone; the others wait for it until a row or pages are free.
+                assert (
+                    scheduler.tables.missing(each) > self.pool.num_free
+                    or scheduler.stats.running == config.max_num_seqs
+                    or not self.profiles.has_room(each)
+                )
+                return
         if output.num_tokens == config.max_num_batched_tokens:
             return
-        if self.scheduler.stats.running == config.max_num_seqs:
+        if scheduler.stats.running == config.max_num_seqs:
             return
-        assert output.scheduled or not self.scheduler.has_unfinished
+        assert output.scheduled or not scheduler.has_unfinished
         quota_fits = row_left = True
-        for request in self.scheduler._waiting:
+        for request in scheduler._waiting:
+            if request.suspect:
+                continue
             if not self.profiles.is_own(request):
                 row_left = row_left and self.profiles.has_room(request)
                 if not row_left:  # those of the model's own rotation may pass
                     continue
-            if self.scheduler._must_pin(request):
-                quota_fits = quota_fits and self.scheduler._quotas_fit(request)
+            if scheduler._must_pin(request):
+                quota_fits = quota_fits and scheduler._quotas_fit(request)
                 if not quota_fits:  # others may pass
                     continue
-            pages = self.scheduler.tables.known_pages(request)
-            missing = self.scheduler.tables.missing(request) - len(pages)
+            pages = scheduler.tables.known_pages(request)
+            missing = scheduler.tables.missing(request) - len(pages)
             assert missing > self.pool.num_free_without(pages)
-            return
+            if scheduler._fits_beside_pinned(request):
+                return  # it is next: those behind it wait
 
     def check(self) -> None:
         """Every block is free or held, exactly as the tables say; nobody holds more than needed."""
@@ -251,6 +290,7 @@ class Lives(RuleBasedStateMachine):
         assert self.scheduler._deadlines == []
         assert self.scheduler._suspects == []
         assert self.profiles.num_in_force == 1
+        assert self.scheduler._scores == {}
 
 
 def expected_scaling(request: Request) -> RopeScaling:
@@ -259,6 +299,16 @@ def expected_scaling(request: Request) -> RopeScaling:
     if request.window is not None:
         length = min(length, WINDOW.num_blocks * SIZE)
     return (request.params.rope or OWN).in_force(length, TRAINED)
+
+
+def scored(item: ScheduledRequest) -> list[TokenLogprobs]:
+    """Play the runner: what is wanted behind the rows of this step, each known by its token."""
+    targets, row = item.request.targets, item.request.next_scored
+    if targets is None or row is None:
+        return []
+    assert row >= item.start, "a row that is to be scored was taken from the cache"
+    end = max(0, item.start + item.num_tokens - targets.first)
+    return [TokenLogprobs(each, []) for each in targets.token_ids[row - targets.first : end]]
 
 
 def what(request: Request, index: int) -> object:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import SchedulerConfig
-from engine.messages import EngineOutput, SampledToken, SchedulerOutput
+from engine.messages import EngineOutput, SampledToken, SchedulerOutput, StepResult
 from engine.request import FinishReason, Request, RequestOptions, SamplingParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
@@ -37,7 +37,7 @@ def request(name: str, num_prompt_tokens: int, max_tokens: int = 4) -> Request:
 def step(scheduler: Scheduler, token_id: int = 7) -> tuple[SchedulerOutput, list[EngineOutput]]:
     output = scheduler.schedule()
     sampled = [SampledToken(token_id) for item in output.scheduled if item.samples]
-    return output, scheduler.update(output, sampled)
+    return output, scheduler.update(output, StepResult(sampled))
 
 
 def shape(output: SchedulerOutput) -> dict[str, tuple[int, int]]:

@@ -11,13 +11,10 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
-from engine.model.attention.cpu import (
-    VARIANTS,
-    CPUBackend,
-    supported_variants,
-)
+from engine.model.attention.cpu import CPUBackend
 from engine.model.attention.plain import TorchBackend
 from engine.model.attention.reference import ReferenceBackend
+from engine.model.library import supported_variants
 from engine.model.profiles import ProfileTables
 from engine.scaling import UNSCALED, RopeScaling
 
@@ -25,7 +22,7 @@ MakeBackend = Callable[[ModelConfig, ProfileTables, KVCache], AttentionBackend]
 Chunk = tuple[int, int, int]
 """A sequence and its positions first .. end - 1."""
 
-BACKENDS = (*VARIANTS, "torch")
+BACKENDS = ("avx512", "avx2", "generic", "torch")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -33,7 +30,9 @@ def make_backend(request: pytest.FixtureRequest) -> MakeBackend:
     """Every backend that this machine can run."""
     if request.param == "torch":
         return TorchBackend
-    if request.param not in supported_variants():  # nothing compiled: an error, not a skip
+    if request.param not in supported_variants(
+        "attention"
+    ):  # nothing compiled: an error, not a skip
         pytest.skip(f"this machine has no {request.param}")
     return lambda config, tables, cache: CPUBackend(config, tables, cache, variant=request.param)
 

@@ -10,6 +10,7 @@ import torch
 from engine.errors import ConfigError
 from engine.model.attention import cpu
 from engine.model.attention.base import AttentionMetadata
+from engine.model.library import KernelUnavailableError
 from tests.engine.model.attention.steps import Sequences, attention_config
 
 
@@ -26,7 +27,7 @@ def kernel(sequences: Sequences) -> cpu.CPUBackend:
 
 
 def test_an_unknown_variant_is_refused(kernel: cpu.CPUBackend) -> None:
-    with pytest.raises(cpu.KernelUnavailableError, match="'mmx' is not among"):
+    with pytest.raises(KernelUnavailableError, match="'mmx' is not among"):
         cpu.CPUBackend(kernel.config, kernel.profiles, kernel.cache, variant="mmx")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.model import library
 from engine.model.attention import cpu
 from engine.model.attention.base import AttentionBackend, KVCache
 from engine.model.attention.plain import TorchBackend
@@ -24,14 +25,14 @@ def chosen(num_heads: int, head_dim: int, device: str = "cpu") -> AttentionBacke
 def test_the_compiled_kernel_is_chosen_and_named() -> None:
     backend = chosen(2, 32)
     assert isinstance(backend, cpu.CPUBackend)
-    assert backend.name == f"cpu-{cpu.supported_variants()[0]}"
+    assert backend.name == f"cpu-{library.supported_variants('attention')[0]}"
 
 
 def test_torch_serves_where_nothing_was_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
-    cpu.load_library.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "none.so")
+    library.load_library.cache_clear()
     try:
         backend = chosen(2, 32)
         assert isinstance(backend, TorchBackend)
@@ -39,7 +40,7 @@ def test_torch_serves_where_nothing_was_compiled(
         (tmp_path / "none.so").write_bytes(b"not a library")
         assert "does not load" in chosen(2, 32).name
     finally:
-        cpu.load_library.cache_clear()
+        library.load_library.cache_clear()
 
 
 def test_torch_serves_shapes_that_the_kernel_does_not() -> None:

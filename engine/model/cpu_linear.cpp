@@ -1,0 +1,340 @@
+// Weight products for serving, on the CPU, with the small operations around them.
+//
+// One call computes, for every row x:  out = residual + activation(weight norm(x) + bias), where
+// every part but the product may be absent. A row's output is a function of that row alone: each
+// element is one chain of multiply-adds over in_features, in order, in one lane of one register.
+// How rows, columns and threads are grouped only decides which bytes are loaded together. Hence no
+// -ffast-math and no contraction by the compiler, as in attention/cpu_kernel.cpp.
+//
+// Weights are stored as they are read: in panels of PANEL outputs, and in a panel step after step,
+// a step being one 32-bit word for each output: one float, two bfloat16 or four int8 of consecutive
+// in_features. One row reads each panel once, as one stream; several rows share each load.
+//
+// This file is compiled once for each instruction set, into one library, as
+// ropeway_linear_<VARIANT>; the caller asks ropeway_supports_linear_<VARIANT> and chooses.
+
+#include "cpu_vector.h"
+
+// The structure that Python fills, field by field as in cpu_linear.py.
+
+struct RopewayLinear {
+    const void *weight;        // [panels, steps, PANEL] words of 32 bits
+    const float *scale;        // [panels * PANEL]: int8 only, what a weight of 1 stands for
+    const int32_t *offset;     // [panels * PANEL]: int8 only, 128 times the sum of its weights
+    const float *bias;         // [panels * PANEL], or null
+    const float *norm_weight;  // [in_features, and up to whole vectors], or null
+    const float *norm_bias;    // the same
+    int32_t in_features, out_features;
+    int32_t format;      // 0 float32, 1 bfloat16, 2 int8
+    int32_t norm;        // 0 none, 1 LayerNorm, 2 RMSNorm
+    int32_t activation;  // 0 none, 1 GELU, 2 its tanh approximation, 3 ReLU, 4 squared ReLU
+    int32_t in_bfloat16, out_bfloat16;  // element types of rows and out; else float32
+    float eps;                          // of the norm
+};
+
+namespace {
+
+constexpr int PANEL = 64;
+constexpr int PANEL_VECTORS = PANEL / LANES;
+constexpr int CHUNK_ROWS = 192;  // rows that stay in the nearer caches while panels pass
+constexpr int AHEAD = 24;        // steps: how far ahead of a single row the panel is asked for
+
+// ---- Three formats: what a step is ---------------------------------------------------------------
+
+struct Float32 {
+    typedef Vec Sum;
+    static constexpr int WIDTH = 1;
+    static constexpr int ROWS = REGISTERS == 32 ? 6 : 4;
+    static Sum dot(Sum sum, BitVec weight, uint32_t x) {
+        return madd((Vec)weight, (Vec)every(x), sum);
+    }
+};
+
+// AVX512-BF16's instruction, or the same two multiply-adds in float32.
+struct BF16 {
+    typedef Vec Sum;
+    static constexpr int WIDTH = 2;
+    static constexpr int ROWS = REGISTERS == 32 ? 6 : 3;
+    static Sum dot(Sum sum, BitVec weight, uint32_t x) {
+#if defined(__AVX512BF16__)
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)every(x));
+#else
+        sum = madd((Vec)(weight & every(0xffff0000u)), (Vec)every(x & 0xffff0000u), sum);
+        return madd((Vec)(weight << 16), (Vec)every(x << 16), sum);
+#endif
+    }
+};
+
+// Rows are unsigned, 128 more than they stand for; RopewayLinear.offset takes that back. Sums are
+// integers, so they are exact.
+struct Int8 {
+    typedef IntVec Sum;
+    static constexpr int WIDTH = 4;
+    static constexpr int ROWS = REGISTERS == 32 ? 6 : 3;
+    static Sum dot(Sum sum, BitVec weight, uint32_t x) {
+#if defined(__AVX512VNNI__)
+        return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)every(x), (__m512i)weight);
+#else
+        // bytes 0 and 2, then 1 and 3, as 16-bit numbers; two products never overflow 32 bits
+        const BitVec low = every(x & 0x00ff00ffu), high = every(x >> 8 & 0x00ff00ffu);
+        const ShortVec even = (ShortVec)(weight << 8) >> 8, odd = (ShortVec)weight >> 8;
+        return sum + multiply_pairs(even, (ShortVec)low) + multiply_pairs(odd, (ShortVec)high);
+#endif
+    }
+};
+
+// ---- A norm, and the rows as words ---------------------------------------------------------------
+
+// A row being prepared is filled up with zeros to whole vectors, so that no loop has a remainder.
+
+template <class F>
+inline float sum_over(const float *x, int count, F term) {  // lane by lane, then over the lanes
+    Vec sum = {}, value;
+    for (int i = 0; i < count; i += LANES) {
+        load(x + i, value);
+        sum += term(value);
+    }
+    return total(sum);
+}
+
+template <class F>
+inline void change(float *x, int count, F to) {
+    Vec value;
+    for (int i = 0; i < count; i += LANES) {
+        load(x + i, value);
+        store(x + i, to(value, i));
+    }
+}
+
+inline void zero_rest(float *x, int count) {
+    for (int i = count; i % LANES; ++i) x[i] = 0;
+}
+
+// Turn x [in_features] into its norm, in place.
+inline void normalise(const RopewayLinear &layer, float *x) {
+    const int count = layer.in_features;
+    if (layer.norm == 1) {
+        const Vec mean = all(sum_over(x, count, [](Vec v) { return v; }) / float(count));
+        change(x, count, [=](Vec v, int) { return v - mean; });
+        zero_rest(x, count);
+    }
+    const float square = sum_over(x, count, [](Vec v) { return v * v; });
+    const Vec factor = all(1.0f / __builtin_sqrtf(square / float(count) + layer.eps));
+    change(x, count, [&](Vec v, int i) {
+        Vec weight = all(1.0f), bias = {};
+        if (layer.norm_weight) load(layer.norm_weight + i, weight);
+        if (layer.norm_bias) load(layer.norm_bias + i, bias);
+        return v * factor * weight + bias;
+    });
+}
+
+inline int steps_of(const RopewayLinear &layer) {
+    const int width = layer.format == 0 ? 1 : layer.format == 1 ? 2 : 4;
+    return (layer.in_features + width - 1) / width;
+}
+
+// x [in_features] as words, whole vectors of numbers. Returns what a 1 stands for.
+inline float write_words(const RopewayLinear &layer, float *x, uint32_t *words) {
+    const int count = layer.in_features;
+    zero_rest(x, count);
+    Vec value;
+    if (layer.format < 2) {
+        for (int i = 0; i < count; i += LANES) {
+            load(x + i, value);
+            if (layer.format == 0)
+                store((float *)words + i, value);
+            else
+                store((BFloat16 *)words + i, value);
+        }
+        return 1;
+    }
+    Vec most = {}, wrong = {};
+    for (int i = 0; i < count; i += LANES) {
+        load(x + i, value);
+        const Vec size = (Vec)((BitVec)value & every(0x7fffffffu));
+        most = size > most ? size : most;
+        wrong += value - value;  // zero, or NaN where the number is not finite
+    }
+    const float highest = largest(most) + total(wrong);
+    const Vec inverse = all(highest > 0 ? 127.0f / highest : 0.0f);
+    for (int i = 0; i < count; i += LANES) {
+        load(x + i, value);
+        const Vec shifted = value * inverse + all(12582912.0f);  // 1.5 * 2^23: to an integer
+        const ByteVec bytes = __builtin_convertvector((BitVec)shifted + 128, ByteVec);
+        __builtin_memcpy((uint8_t *)words + i, &bytes, sizeof bytes);
+    }
+    return highest / 127.0f;
+}
+
+// ---- A tile: some rows, one panel ----------------------------------------------------------------
+
+struct Rows {
+    const uint32_t *words;  // [rows, stride], of which the first `steps` are used
+    const float *scale;     // [rows]
+    const float *residual;  // [rows, out_features], or null
+    void *out;              // [rows, out_features]
+    int steps, stride;
+};
+
+inline Vec activate(Vec x, int activation) {
+    switch (activation) {
+        case 1: return gelu(x);
+        case 2: return gelu_tanh(x);
+        case 3: return x < Vec{} ? Vec{} : x;
+        case 4: x = x < Vec{} ? Vec{} : x; return x * x;
+        default: return x;
+    }
+}
+
+inline Vec to_float(const RopewayLinear &, Vec sum, int, float) { return sum; }
+inline Vec to_float(const RopewayLinear &layer, IntVec sum, int column, float scale) {
+    IntVec offset;
+    Vec weight_scale;
+    __builtin_memcpy(&offset, layer.offset + column, sizeof offset);
+    load(layer.scale + column, weight_scale);
+    return __builtin_convertvector(sum - offset, Vec) * (weight_scale * all(scale));
+}
+
+template <class Sum>
+inline void finish(const RopewayLinear &layer, const Rows &rows, int row, int column, Sum sum) {
+    Vec x = to_float(layer, sum, column, rows.scale[row]);
+    if (layer.bias) {
+        Vec bias;
+        load(layer.bias + column, bias);
+        x += bias;
+    }
+    if (layer.activation) x = activate(x, layer.activation);
+    const int64_t at = int64_t(row) * layer.out_features + column;
+    const int count = smaller(LANES, layer.out_features - column);
+    if (count <= 0) return;
+    if (rows.residual) {
+        Vec residual = {};
+        if (count == LANES)
+            load(rows.residual + at, residual);
+        else
+            __builtin_memcpy(&residual, rows.residual + at, count * sizeof(float));
+        x += residual;
+    }
+    if (count == LANES) {
+        if (layer.out_bfloat16)
+            store((BFloat16 *)rows.out + at, x);
+        else
+            store((float *)rows.out + at, x);
+        return;
+    }
+    for (int i = 0; i < count; ++i) {
+        if (layer.out_bfloat16)
+            store((BFloat16 *)rows.out + at + i, x[i]);
+        else
+            ((float *)rows.out)[at + i] = x[i];
+    }
+}
+
+// ROWS rows by VECTORS vectors of a panel's outputs. A single row waits for memory: it asks early.
+template <class Format, int ROWS, int VECTORS>
+inline void multiply(const RopewayLinear &layer, const Rows &rows, int row, const uint32_t *panel,
+                     int column) {
+    typedef typename Format::Sum Sum;
+    const uint32_t *const x = rows.words + int64_t(row) * rows.stride;
+    const int steps = rows.steps, stride = rows.stride;
+    Sum sum[ROWS][VECTORS] = {};
+    for (int s = 0; s < steps; ++s) {
+        BitVec weight[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) {
+            const uint32_t *const from = panel + int64_t(s) * PANEL + v * LANES;
+            __builtin_memcpy(&weight[v], from, sizeof weight[v]);
+            if (ROWS == 1) __builtin_prefetch(from + AHEAD * PANEL, 0, 3);
+        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v)
+                sum[r][v] = Format::dot(sum[r][v], weight[v], x[r * stride + s]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            finish(layer, rows, row + r, column + v * LANES, sum[r][v]);
+}
+
+// As many rows at once as registers hold, then what is left over.
+template <class Format, int ROWS>
+inline void multiply_rows(const RopewayLinear &layer, const Rows &rows, int row, int end,
+                          const uint32_t *panel, int column) {
+    constexpr int WIDE = REGISTERS == 32 ? PANEL_VECTORS : ROWS == 1 ? 4 : 2;
+    for (; row + ROWS <= end; row += ROWS)
+        for (int v = 0; v < PANEL_VECTORS; v += WIDE)
+            multiply<Format, ROWS, WIDE>(layer, rows, row, panel + v * LANES, column + v * LANES);
+    if constexpr (ROWS > 1)
+        multiply_rows<Format, ROWS - 1>(layer, rows, row, end, panel, column);
+}
+
+// ---- A call --------------------------------------------------------------------------------------
+
+template <class Format, class T>
+int run(const RopewayLinear &layer, const T *x, const float *residual, void *out, int num_rows,
+        int num_threads) {
+    const int steps = steps_of(layer);
+    const int64_t panels = (layer.out_features + PANEL - 1) / PANEL;
+    const int chunks = (num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const int tiles = (num_rows + Format::ROWS - 1) / Format::ROWS;
+    const int chunk_rows = (tiles + chunks - 1) / chunks * Format::ROWS;  // chunks of one size
+    const bool as_is = !layer.norm && Format::WIDTH * sizeof(T) == 4 &&
+                       layer.in_features % Format::WIDTH == 0;  // rows are words already
+    const int wide = (layer.in_features + 63) / 64 * 64, stride = as_is ? steps : wide / Format::WIDTH;
+    const int64_t used_words = as_is ? 0 : int64_t(num_rows) * stride;
+    const Memory scratch((used_words + int64_t(num_threads) * wide + num_rows) * 4);
+    if (!scratch.at) return 2;
+    uint32_t *const words = (uint32_t *)scratch.at;
+    float *const floats = (float *)(words + used_words);
+    float *const scales = floats + int64_t(num_threads) * wide;
+    const Rows rows = {as_is ? (const uint32_t *)x : words, scales, residual, out, steps, stride};
+
+#pragma omp parallel num_threads(num_threads)
+    {
+        if (!as_is) {
+            float *const mine = floats + wide * omp_get_thread_num();
+#pragma omp for schedule(static)
+            for (int row = 0; row < num_rows; ++row) {
+                widen(mine, x + int64_t(row) * layer.in_features, layer.in_features);
+                zero_rest(mine, layer.in_features);
+                if (layer.norm) normalise(layer, mine);
+                scales[row] = write_words(layer, mine, words + int64_t(row) * stride);
+            }
+        }
+#pragma omp for schedule(static) nowait
+        for (int64_t item = 0; item < chunks * panels; ++item) {
+            const int64_t panel = item % panels;
+            const int row = int(item / panels) * chunk_rows;
+            multiply_rows<Format, Format::ROWS>(
+                layer, rows, row, smaller(num_rows, row + chunk_rows),
+                (const uint32_t *)layer.weight + panel * steps * PANEL, int(panel) * PANEL);
+        }
+    }
+    return 0;
+}
+
+template <class T>
+int run_format(const RopewayLinear &layer, const T *x, const float *residual, void *out,
+               int num_rows, int num_threads) {
+    if (layer.format == 0) return run<Float32>(layer, x, residual, out, num_rows, num_threads);
+    if (layer.format == 1) return run<BF16>(layer, x, residual, out, num_rows, num_threads);
+    return run<Int8>(layer, x, residual, out, num_rows, num_threads);
+}
+
+}  // namespace
+
+// Whether this machine has the instructions of this variant.
+extern "C" int NAMED(ropeway_supports_linear_, VARIANT)() {
+#if defined(__AVX512BF16__)
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return 0;
+#endif
+    return supports_vectors();
+}
+
+// x [num_rows, in_features] -> out [num_rows, out_features]; residual float32, of out's shape, or
+// null. Returns 0, or 2 when memory is short.
+extern "C" int NAMED(ropeway_linear_, VARIANT)(const RopewayLinear *layer, const void *x,
+                                               const float *residual, void *out, int32_t num_rows,
+                                               int32_t num_threads) {
+    if (layer->in_bfloat16)
+        return run_format(*layer, (const BFloat16 *)x, residual, out, num_rows, num_threads);
+    return run_format(*layer, (const float *)x, residual, out, num_rows, num_threads);
+}

@@ -1,0 +1,223 @@
+"""Weight products on the CPU: the binding of the compiled kernel, and weights in its order."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.config import Activation
+from engine.errors import ConfigError
+from engine.model.library import load_kernel
+
+Format = Literal["float32", "bfloat16", "int8"]
+
+FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8")
+WIDTH = {"float32": 1, "bfloat16": 2, "int8": 4}
+"""Weights in a word of 32 bits."""
+
+ACTIVATIONS: tuple[Activation | None, ...] = (None, "gelu", "gelu_tanh", "relu", "relu2")
+PANEL = 64
+"""Outputs whose weights stand together; PANEL of cpu_linear.cpp."""
+
+MAX_INT8_FEATURES = 2**31 // (255 * 127) - 1
+"""Beyond so many in_features a sum of int8 products might not fit into 32 bits."""
+
+
+class _Linear(ctypes.Structure):
+    """RopewayLinear of cpu_linear.cpp."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "scale", "offset", "bias", "norm_weight", "norm_bias")
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "in_features",
+                "out_features",
+                "format",
+                "norm",
+                "activation",
+                "in_bfloat16",
+                "out_bfloat16",
+            )
+        ),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class WeightMemory:
+    """Memory in pages of 2 MiB where the system has them: a step reads all of it, in order."""
+
+    CHUNK_BYTES = 2**26
+
+    def __init__(self) -> None:
+        self._chunk: mmap.mmap | None = None
+        self._used = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same contiguous tensor here. What is not used of a chunk costs nothing."""
+        size = -(-tensor.nbytes // 64) * 64  # the next one begins at a cache line
+        if self._chunk is None or self._used + size > len(self._chunk):
+            self._chunk = mmap.mmap(-1, max(size, self.CHUNK_BYTES))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._chunk.madvise(mmap.MADV_HUGEPAGE)
+            self._used = 0
+        place = torch.frombuffer(
+            self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used
+        ).view(tensor.shape)
+        self._used += size
+        return place.copy_(tensor)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, k] -> int8 [n, k], and float32 [n]: what a 1 stands for, by row; symmetric."""
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1) / 127
+    safe = torch.where(scale > 0, scale, 1.0)
+    return (wide / safe[:, None]).round().to(torch.int8), scale
+
+
+def to_panels(weight: Tensor) -> Tensor:
+    """[out_features, in_features] as the kernel reads it: [panels, words, PANEL, width].
+
+    What a panel or a word has too much is zero.
+    """
+    outputs, inputs = weight.shape
+    width = 4 // weight.itemsize
+    padded = F.pad(weight, (0, -inputs % width, 0, -outputs % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // width, width).transpose(1, 2)
+
+
+def _padded(vector: Tensor | None) -> Tensor | None:
+    """float32, filled up with zeros to a multiple of PANEL."""
+    if vector is None:
+        return None
+    return F.pad(vector.detach().float(), (0, -len(vector) % PANEL)).contiguous()
+
+
+class KernelLinear(nn.Module):
+    """norm(x) weight^T + bias, activated, added to a residual: one call. No gradients.
+
+    A row's bits depend on that row alone, and on no number of threads.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        memory: WeightMemory,
+        *,
+        norm: nn.Module | None = None,
+        activation: Activation | None = None,
+        weight_format: Format | None = None,
+        in_dtype: torch.dtype | None = None,
+        out_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """norm: a LayerNorm or RMSNorm that stands before. weight_format: None: as the weight is.
+
+        in_dtype, out_dtype: float32 or bfloat16; None: the weight's. Raises KernelUnavailableError
+        where there is no kernel (or not of the variant), ConfigError for what it does not compute.
+        """
+        super().__init__()
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_dtype, self.out_dtype = in_dtype or weight.dtype, out_dtype or weight.dtype
+        for name, dtype in (
+            ("weight", weight.dtype),
+            ("x", self.in_dtype),
+            ("out", self.out_dtype),
+        ):
+            if dtype not in (torch.float32, torch.bfloat16):
+                raise ConfigError(f"the CPU kernel takes float32 and bfloat16, {name} is {dtype}")
+        self.variant, self._call = load_kernel(
+            "linear", [*[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int32], variant
+        )
+        self.weight_format: Format = weight_format or (
+            "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+        )
+        scale = offset = None
+        if self.weight_format == "int8":
+            if self.in_features > MAX_INT8_FEATURES:
+                raise ConfigError(
+                    f"in_features must be at most {MAX_INT8_FEATURES} for int8, "
+                    f"got {self.in_features}"
+                )
+            weight, scale = quantize_rows(weight)
+            offset = F.pad(128 * weight.sum(dim=1, dtype=torch.int32), (0, -len(weight) % PANEL))
+        else:
+            weight = weight.to(getattr(torch, self.weight_format))
+        self._tensors = (  # kept alive: the structure holds their addresses
+            memory.copy(to_panels(weight)),
+            _padded(scale),
+            offset,
+            _padded(linear.bias),
+            _padded(getattr(norm, "weight", None)),
+            _padded(getattr(norm, "bias", None)),
+        )
+        addresses = (None if each is None else each.data_ptr() for each in self._tensors)
+        self._linear = _Linear(
+            *addresses,
+            self.in_features,
+            self.out_features,
+            FORMATS.index(self.weight_format),
+            _norm_kind(norm),
+            ACTIVATIONS.index(activation),
+            self.in_dtype == torch.bfloat16,
+            self.out_dtype == torch.bfloat16,
+            0.0 if norm is None else norm.eps,
+        )
+        self._address = ctypes.addressof(self._linear)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features]; residual: float32, of out's shape.
+
+        Raises ValueError for other shapes or types.
+        """
+        shape = (*x.shape[:-1], self.out_features)
+        if x.dtype != self.in_dtype or x.shape[-1] != self.in_features or not x.is_contiguous():
+            raise ValueError(
+                f"x must be contiguous {self.in_dtype} [..., {self.in_features}], "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
+        if residual is not None and (
+            residual.dtype != torch.float32
+            or residual.shape != shape
+            or not residual.is_contiguous()
+        ):
+            raise ValueError(
+                f"residual must be contiguous float32 {shape}, "
+                f"got {residual.dtype} {tuple(residual.shape)}"
+            )
+        out = torch.empty(shape, dtype=self.out_dtype)
+        num_rows = x.numel() // self.in_features
+        added = None if residual is None else residual.data_ptr()
+        if num_rows and self._call(
+            self._address, x.data_ptr(), added, out.data_ptr(), num_rows, torch.get_num_threads()
+        ):
+            raise MemoryError("no memory for the scratch space of a product")
+        return out
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"{self.weight_format}, {self.variant}"
+        )
+
+
+def _norm_kind(norm: nn.Module | None) -> int:
+    match norm:
+        case None:
+            return 0
+        case nn.LayerNorm():
+            return 1
+        case nn.RMSNorm():
+            return 2
+    raise ConfigError(f"the CPU kernel has no {type(norm).__name__}")

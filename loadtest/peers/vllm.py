@@ -1,0 +1,47 @@
+"""vLLM for CPU, over HTTP, on the GPT-NeoX directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loadtest.client import OpenAI
+from loadtest.peers.base import Reached
+from loadtest.servers import free_port, started
+
+CACHE_GIB = 4
+
+
+class VllmServing:
+    """`vllm serve`, without a tokenizer: token ids go in, and are counted as they come."""
+
+    def __init__(
+        self, binary: Path, neox: Path, dtype: str, threads: int, streams: int, context: int
+    ) -> None:
+        self.name = "vllm"
+        self._binary = binary
+        self._neox = neox
+        self._options = ["--dtype", dtype, "--max-num-seqs", str(streams)]
+        self._options += ["--max-model-len", str(context), "--skip-tokenizer-init"]
+        self._environment = {
+            "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    @contextmanager
+    def serve(self) -> Iterator[Reached]:
+        """See Serving; what it logs goes beside the model directory."""
+        port = free_port()
+        command = [str(self._binary), "serve", str(self._neox), *self._options]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
+        # its own compiler is looked for beside it
+        path = f"{self._binary.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environment = {**os.environ, **self._environment, "PATH": path}
+        environment.pop("PYTHONPATH", None)
+        log = self._neox.with_name("vllm.log")
+        with started(command, port, "/health", log, environment) as server:
+            yield Reached(server.url, OpenAI("model"))

@@ -1,0 +1,158 @@
+"""`ropeway loadtest`: Locust against a server, run by run, and a report with a verdict."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from loadtest.load_report import Report
+from loadtest.local import local_server
+from loadtest.points import Bounds, Point, find_knee
+from loadtest.scenarios import SCENARIOS
+from loadtest.stream import Generation
+
+RAMP = "ramp"
+BELOW_KNEE = 0.6
+LEAST_REQUESTS = 8
+"""Fewer in the counted seconds would say nothing of 95 % of them: the ramp goes no lower."""
+
+SOURCES = 8
+"""Locust users of a run; their sum is a Poisson process again, however many they are."""
+
+LOCUSTFILE = Path(__file__).parent / "locustfile.py"
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class LocustFailed(RuntimeError):
+    """Locust itself did not do its work."""
+
+
+def run_locust(
+    url: str, scenario: str, rate: float, seconds: float, context: int, workers: int
+) -> list[Generation]:
+    """One headless run of Locust, until its last request has ended. Raises LocustFailed."""
+    with tempfile.TemporaryDirectory(prefix="ropeway-load-") as folder:
+        records = Path(folder) / "records.json"
+        command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
+        command += ["--headless", "--host", url, "--users", str(SOURCES)]
+        command += ["--spawn-rate", "1000", "--stop-timeout", "120", "--exit-code-on-error", "0"]
+        command += ["--scenario", scenario, "--source-rate", str(rate / SOURCES)]
+        command += ["--load-seconds", str(seconds), "--context", str(context)]
+        command += ["--records", str(records), "--only-summary", "--loglevel", "WARNING"]
+        if workers > 1:
+            command += ["--processes", str(workers)]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        if done.returncode or not records.exists():
+            raise LocustFailed(f"locust ended with status {done.returncode}:\n{done.stdout}")
+        return [Generation(**each) for each in json.loads(records.read_text())]
+
+
+@app.command()
+def loadtest(
+    *,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Load this server.", show_default="one that is started for it"),
+    ] = None,
+    serve: Annotated[
+        str, typer.Option(help="Arguments of the server that is started, by spaces.")
+    ] = "",
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="ramp or a scenario; may be repeated.", show_default="all"),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests/s of the scenarios.", show_default="0.6 of the knee's"),
+    ] = None,
+    start_rate: Annotated[float, typer.Option(help="Requests/s that the ramp begins with.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Counted seconds of each run.")] = 12.0,
+    warmup: Annotated[float, typer.Option(min=0, help="Seconds before these.")] = 3.0,
+    context: Annotated[int, typer.Option(min=16, help="The model's context, in tokens.")] = 1024,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of Locust.")] = 1,
+    slo_ttft_ms: Annotated[float, typer.Option(help="Bound of 95 % of first tokens.")] = 500.0,
+    slo_itl_ms: Annotated[float, typer.Option(help="Bound of 95 % of inter-token gaps.")] = 50.0,
+    slo_errors: Annotated[float, typer.Option(help="Bound of the share of errors.")] = 0.01,
+    slo_rate: Annotated[float, typer.Option(help="Requests/s that the knee must reach.")] = 0.0,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("loadtest-report"),
+) -> None:
+    """Find the highest rate that keeps the bounds, then try each scenario below it.
+
+    Leaves index.html, points.csv and requests.csv. The exit code is 1 where a bound is not kept.
+    """
+    names = scenario or [RAMP, *SCENARIOS]
+    for name in names:
+        if name != RAMP and name not in SCENARIOS:
+            known = ", ".join([RAMP, *SCENARIOS])
+            raise typer.BadParameter(f"--scenario must be one of {known}, got {name!r}")
+    if rate is None and RAMP not in names:
+        raise typer.BadParameter("--rate is needed where there is no ramp to derive it from")
+    for option, value in (("--rate", rate), ("--start-rate", start_rate)):
+        if value is not None and value * seconds < LEAST_REQUESTS:
+            raise typer.BadParameter(
+                f"{option} must be at least {LEAST_REQUESTS / seconds:g}, {LEAST_REQUESTS} "
+                f"requests in the {seconds:g} s of a run, got {value:g}"
+            )
+    if host is not None and serve:
+        raise typer.BadParameter("--serve is for a server that is started here, not for --host")
+    console = Console(stderr=True)
+    bounds = Bounds(slo_ttft_ms, slo_itl_ms, slo_errors)
+    notes = {
+        "server": host or f"ropeway serve {serve}".strip(),
+        "began": time.strftime("%Y-%m-%d %H:%M"),
+        "each run": f"{warmup:g} s and {seconds:g} s that count",
+        "Locust processes": str(workers),
+    }
+    report = Report(bounds, notes, least_rate=slo_rate)
+
+    with ExitStack() as stack:
+        url = host or stack.enter_context(local_server(serve.split()))
+
+        def run(name: str, at: float) -> tuple[Point, list[Generation]]:
+            generations = run_locust(url, name, at, warmup + seconds, context, workers)
+            point = Point.of(at, warmup, seconds, generations)
+            broken = point.broken(bounds)
+            console.print(
+                f"{name:9} {at:7.2f} requests/s: {point.tokens_per_s:6.0f} tokens/s, "
+                f"p95 TTFT {point.ttft[1]:6.0f} ms, p95 inter-token {point.itl[1]:5.1f} ms  "
+                + ("; ".join(broken) or "kept"),
+                highlight=False,
+                soft_wrap=True,
+            )
+            return point, generations
+
+        run("steady", start_rate)  # warms up; counts nowhere
+        if RAMP in names:
+            report.knee = find_knee(
+                lambda at: run("steady", at)[0], bounds, start_rate, least=LEAST_REQUESTS / seconds
+            )
+            if rate is None:
+                knee = report.knee.point or report.knee.points[0]
+                rate = max(BELOW_KNEE * knee.rate, LEAST_REQUESTS / seconds)
+        assert rate is not None
+        for name in names:
+            if name != RAMP:
+                point, generations = run(name, rate)
+                report.runs.append(point)
+                report.generations[name] = generations
+    report.write(out)
+    for line in [*report.warnings, *report.failures]:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"the report: {out / 'index.html'}", highlight=False, soft_wrap=True)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,146 @@
+"""Servers as processes of their own: started on a free port, waited for, measured, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from loadtest.client import Unmeasurable, session
+
+READY_SECONDS = 300.0
+STOP_SECONDS = 30.0
+OTHER_FILES = 200
+PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
+
+
+resource: Any = import_module("resource") if find_spec("resource") else None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server. ready_s: from its start to the first answer that it is ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    ready_s: float
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that each of its processes has held, together; None but on Linux."""
+        processes = [psutil.Process(self.process.pid)]
+        processes += processes[0].children(recursive=True)
+        total = 0
+        for each in processes:
+            try:
+                status = Path(f"/proc/{each.pid}/status").read_text()
+            except FileNotFoundError:
+                return None
+            match = PEAK.search(status)
+            total += 1024 * int(match[1]) if match else 0
+        return total
+
+
+def allow_connections(count: int) -> None:
+    """Let this process and the servers it starts hold so many, besides their other files.
+
+    Raises Unmeasurable where the system forbids it.
+    """
+    if resource is None:  # a system without such limits
+        return
+    needed = count + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise Unmeasurable(f"{needed} open files are needed, the limit is {hard} (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    port: int,
+    ready: str,
+    log: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
+    """A command that serves on this port, once GET `ready` answers 200; ended afterwards.
+
+    log: where its output goes, standard error else. Raises Unmeasurable where it ends or is not
+    ready in READY_SECONDS.
+    """
+    url = f"http://127.0.0.1:{port}"
+    start = time.perf_counter()
+    with open(log or "/dev/null", "wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output if log else None,
+            process_group=0,
+            env=environment,
+        )
+        try:
+            asyncio.run(_wait_ready(url + ready, process))
+            yield Server(url, process, time.perf_counter() - start)
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def ropeway(model: Path, options: Sequence[str] = ()) -> Iterator[Server]:
+    """`ropeway serve MODEL` with these options."""
+    port = free_port()
+    command = [sys.executable, "-P", "-m", "server.cli", "serve", str(model)]
+    with started([*command, "--port", str(port), *options], port, "/ready") as server:
+        yield server
+
+
+async def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    async with session() as http:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise Unmeasurable(f"the server ended with status {process.returncode}")
+            try:
+                async with http.get(url) as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.02)
+    raise Unmeasurable(f"{url} was not ready within {READY_SECONDS:.0f} s")
+
+
+async def check_reachable(url: str) -> None:
+    """Raises Unmeasurable unless a server answers there that it is ready."""
+    try:
+        async with session() as http, http.get(f"{url}/ready") as response:
+            if response.status != 200:
+                raise Unmeasurable(f"{url}/ready: {response.status}: {await response.text()}")
+    except (aiohttp.ClientError, ValueError) as error:
+        raise Unmeasurable(f"no server can be reached at {url}: {error}") from error

@@ -1,0 +1,1 @@
+"""What the tests cannot do in a minute, proved by a command each: see the Makefile."""

@@ -1,0 +1,367 @@
+"""Builds the Dockerfile without a Docker daemon, starts the image and tries it.
+
+    python -m proofs.docker            # as root, on Debian, with buildah and debootstrap installed
+
+debootstrap makes a base image, buildah builds on it (chroot isolation, vfs storage: no daemon, no
+overlay file system). The image is then started by what its own configuration says (entry point,
+command, user, environment), as process 1 of new process and mount namespaces, on a read-only root
+with a /tmp in memory: what `docker run --read-only --tmpfs /tmp` does. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from proofs.common import ROOT, Failed, call, expect, local_torch
+
+BASE_PACKAGES = "python3,python3-venv,ca-certificates"
+LIMIT_BYTES = 1_200_000_000
+CUDA_NAMES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libtorch_cuda", "nvidia_")
+START_SECONDS = 60.0
+HOST_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+class Buildah:
+    """buildah with all that it keeps under one folder."""
+
+    def __init__(self, work: Path) -> None:
+        """work: an empty folder with room for some gigabytes."""
+        self._options = ("--storage-driver", "vfs", "--root", work / "storage")
+        self._options += ("--runroot", work / "run")
+
+    def __call__(self, *arguments: str | Path, log: Path | None = None) -> str:
+        """One command's output, without the white space around it."""
+        return call("buildah", *self._options, *arguments, log=log).strip()
+
+    def remove_all(self) -> None:
+        """Containers (which are mounted) and images."""
+        self("rm", "--all")
+        self("rmi", "--all", "--force")
+
+
+def make_base(buildah: Buildah, work: Path, suite: str) -> str:
+    """An image of a minimal Debian with Python; its name.
+
+    The certificates are this machine's, so that pip finds a package index from inside as it does
+    here, also through a proxy that has its own.
+    """
+    rootfs = work / "rootfs"
+    call(
+        "debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", suite, rootfs,
+        log=work / "debootstrap.log",
+    )  # fmt: skip
+    if HOST_CERTIFICATES.exists():
+        shutil.copy(HOST_CERTIFICATES, rootfs / HOST_CERTIFICATES.relative_to("/"))
+    (rootfs / "etc/pip.conf").write_text(f"[global]\ncert = {HOST_CERTIFICATES}\n")
+    (rootfs / "etc/resolv.conf").unlink(missing_ok=True)  # buildah makes one
+    container = buildah("from", "scratch")
+    buildah("add", "--quiet", container, rootfs, "/")
+    name = "localhost/ropeway-base"
+    buildah("commit", "--quiet", container, name)
+    buildah("rm", container)
+    shutil.rmtree(rootfs)
+    return name
+
+
+def local_index(work: Path, version: str) -> Path | None:
+    """A package index of one wheel, where pip has PyTorch's CPU build at hand; else None."""
+    wheel = local_torch(work / "index" / "torch", version)
+    if wheel is None:
+        return None
+    (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>\n')
+    return wheel.parent.parent
+
+
+@dataclass(frozen=True)
+class Image:
+    """root: its files, mounted; config: what it says of itself, as Docker has it."""
+
+    root: Path
+    config: dict[str, object]
+
+    @property
+    def environment(self) -> list[str]:
+        """NAME=VALUE, as the image sets it."""
+        return self._list("Env")
+
+    def command(self, *arguments: str) -> list[str]:
+        """What `docker run IMAGE ARGUMENTS` executes."""
+        return self._list("Entrypoint") + (list(arguments) or self._list("Cmd"))
+
+    @property
+    def healthcheck(self) -> list[str]:
+        """The command of HEALTHCHECK, without its CMD."""
+        check = self.config["Healthcheck"]
+        assert isinstance(check, dict)
+        kind, *command = check["Test"]
+        if kind != "CMD":
+            raise Failed(f"HEALTHCHECK is {kind}, not CMD: it would need a shell")
+        return command
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, each inode once, without the shipped weights."""
+        seen = {}
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder) / name
+                if path.suffix != ".safetensors":
+                    status = path.lstat()
+                    seen[status.st_ino] = status.st_size
+        return sum(seen.values())
+
+    def files(self, *beginnings: str) -> list[str]:
+        """Names of files and folders that begin so."""
+        return [path.name for path in self.root.rglob("*") if path.name.startswith(beginnings)]
+
+    def _list(self, key: str) -> list[str]:
+        value = self.config.get(key) or []
+        assert isinstance(value, list)
+        return value
+
+
+class Container:
+    """A started image. Its process is number 1 inside."""
+
+    def __init__(self, image: Image, port: int, log: Path, *arguments: str, **volumes: Path):
+        """arguments: in place of the image's CMD; volumes: read-only, by folder under the root."""
+        self.port = port
+        self._image = image
+        self._user = str(image.config["User"])
+        entry = Path(image.root)
+        mounts = [
+            f"mount --bind {entry} {entry}",
+            f"mount -t proc proc {entry}/proc",
+            f"mount --rbind /dev {entry}/dev",
+            f"mount -t tmpfs -o mode=1777 tmpfs {entry}/tmp",
+        ]
+        for name, source in volumes.items():
+            mounts.append(f"mount --bind {source} {entry}/{name}")
+            mounts.append(f"mount -o remount,bind,ro {entry}/{name}")
+        mounts.append(f"mount -o remount,bind,ro {entry}")
+        self._environment = [*image.environment, f"ROPEWAY_SERVE_PORT={port}"]
+        inside = ["env", "-i", *self._environment, *image.command(*arguments)]
+        run = shlex.join(["chroot", f"--userspec={self._user}:{self._user}", str(entry), *inside])
+        script = "set -e\n" + "\n".join(mounts) + f"\nexec {run}\n"
+        self._log = log
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self.pid = self._first_child()
+        while self.execute("true") and self._process.poll() is None:
+            time.sleep(0.01)  # the mounts are made
+
+    def _first_child(self) -> int:
+        """The container's process 1, as seen from here."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        while self._process.poll() is None:
+            if pids := children.read_text().split():
+                return int(pids[0])
+            time.sleep(0.01)
+        raise Failed(f"it did not start:\n{self._log.read_text()}")
+
+    def status_of(self, field: str) -> list[str]:
+        """A line of process 1's /proc/.../status."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name == field:
+                return rest.split()
+        raise Failed(f"/proc/{self.pid}/status has no {field}")
+
+    def execute(self, *command: str) -> int:
+        """`docker exec`: the exit status of a command in the container."""
+        enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid"]
+        chroot = ["chroot", f"--userspec={self._user}:{self._user}", str(self._image.root)]
+        return subprocess.run(
+            [*enter, *chroot, "env", "-i", *self._environment, *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        ).returncode
+
+    @property
+    def healthy(self) -> bool:
+        """What HEALTHCHECK says now."""
+        return self.execute(*self._image.healthcheck) == 0
+
+    def wait_healthy(self) -> float:
+        """Seconds until HEALTHCHECK succeeded."""
+        began = time.monotonic()
+        while not self.healthy:
+            if self._process.poll() is not None or time.monotonic() - began > START_SECONDS:
+                raise Failed(f"not healthy:\n{self._log.read_text()}")
+            time.sleep(0.2)
+        return time.monotonic() - began
+
+    def post(self, **body: object) -> http.client.HTTPResponse:
+        """POST /generate."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(
+            "POST", "/generate", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        return connection.getresponse()
+
+    def terminate(self) -> None:
+        """SIGTERM to process 1, as `docker stop`."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended."""
+        return self._process.wait(60)
+
+    def kill(self) -> None:
+        """However it stands."""
+        if self._process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._process.wait(10)
+
+
+@contextmanager
+def started(image: Image, log: Path, *arguments: str, **volumes: Path) -> Iterator[Container]:
+    """A container on a free port, gone afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    container = Container(image, port, log, *arguments, **volumes)
+    try:
+        yield container
+    finally:
+        container.kill()
+
+
+def try_image(image: Image, work: Path) -> None:
+    """Everything that the Dockerfile promises. Raises Failed."""
+    with started(image, work / "server.log") as server:
+        expect("HEALTHCHECK fails while the model loads", not server.healthy)
+        expect("HEALTHCHECK succeeds once ready", True, f"after {server.wait_healthy():.1f} s")
+        expect("the server is process 1", server.status_of("NSpid")[-1] == "1")
+        uids = set(server.status_of("Uid"))
+        expect("it is not root", uids == {"1000"}, f"uid {', '.join(uids)}")
+        expect("its root is read-only", server.execute("touch", "/home/ropeway/x") != 0)
+        expect("its /tmp is not", server.execute("touch", "/tmp/x") == 0)
+        answer = json.load(server.post(prompt="The old captain", max_tokens=8, stream=False))
+        expect("a request is answered", answer["usage"]["completion_tokens"] == 8, answer["text"])
+        stream = server.post(prompt="The old captain", max_tokens=800, ignore_eos=True)
+        head = stream.readline() + stream.readline()
+        server.terminate()
+        deadline = time.monotonic() + 5
+        while server.healthy and time.monotonic() < deadline:
+            time.sleep(0.02)
+        refused = server.post(prompt="x", max_tokens=1).status
+        expect("SIGTERM: new requests are refused while draining", refused == 503, refused)
+        rest = head + stream.read()
+        tokens, done = rest.count(b"event: token"), rest.count(b"event: done")
+        expect("SIGTERM: the open stream goes on to its end", (tokens, done) == (800, 1), tokens)
+        status = server.wait()
+        expect("SIGTERM: the exit status is 0", status == 0, status)
+    # As if the user's: another folder, not the one in the package.
+    model = work / "model"
+    shutil.copytree(ROOT / "weights" / "default", model)
+    (image.root / "model").mkdir()  # docker makes the mount point
+    with started(image, work / "volume.log", "serve", "/model", model=model) as server:
+        server.wait_healthy()
+        answer = json.load(server.post(prompt="The", max_tokens=4, stream=False))
+        expect("a model from a volume is served", answer["usage"]["completion_tokens"] == 4)
+        server.terminate()
+        status = server.wait()
+        expect("it stops when idle", status == 0, f"status {status}")
+
+
+def prove(work: Path, target: str, suite: str) -> None:
+    """Build and try. Raises Failed."""
+    buildah = Buildah(work)
+    timed = Stopwatch()
+    base = make_base(buildah, work, suite)
+    timed("debootstrap made the base image")
+    container = buildah("from", base)
+    root = Path(buildah("mount", container))
+    version = next(path.name for path in (root / "usr/lib").glob("python3.*")).removeprefix(
+        "python"
+    )
+    buildah("rm", container)
+    wheels = local_index(work, version) if target == "cpu" else None
+    options: list[str | Path] = ["--build-arg", f"BASE={base}"]
+    if wheels is not None:
+        options += ["--build-arg", "TORCH_INDEX=file:///wheels", "--volume", f"{wheels}:/wheels:ro"]
+    name = f"localhost/ropeway:{target}"
+    buildah(
+        "build", "--isolation", "chroot", "--format", "docker", "--layers=false",
+        "--target", target, *options, "--tag", name, ".",
+        log=work / "build.log",
+    )  # fmt: skip
+    timed(f"buildah built the Dockerfile's target {target}")
+    config = json.loads(buildah("inspect", "--type", "image", name))["Docker"]["config"]
+    image = Image(Path(buildah("mount", buildah("from", name))), config)
+    size = image.size
+    if target == "cpu":
+        below = f"{size / 1e6:,.0f} MB of {LIMIT_BYTES / 1e6:,.0f} MB without weights"
+        expect("the image is small", size < LIMIT_BYTES, below)
+        found = image.files(*CUDA_NAMES)
+        expect("no CUDA library is in it", not found, ", ".join(found))
+    else:
+        expect("the image was built", True, f"{size / 1e6:,.0f} MB without weights")
+    try_image(image, work)
+
+
+class Stopwatch:
+    """Says what took how long."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = clock()
+
+    def __call__(self, what: str) -> None:
+        """what: has just ended."""
+        now = self._clock()
+        print(f"     {what} in {now - self._last:.0f} s", flush=True)
+        self._last = now
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: proved; 1: not; 2: cannot be tried here."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--suite", default="bookworm", help="Debian's, for the base image")
+    parser.add_argument("--work", type=Path, default=Path("/var/tmp"), help="gigabytes of room")
+    parser.add_argument("--keep", action="store_true", help="leave the folder with image and logs")
+    options = parser.parse_args(arguments)
+    lacking = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+    if lacking or os.geteuid() != 0:
+        print(f"needs root and: apt-get install {' '.join(lacking)}", file=sys.stderr)
+        return 2
+    work = Path(tempfile.mkdtemp(prefix="ropeway-docker-", dir=options.work))
+    try:
+        prove(work, options.target, options.suite)
+    except Failed as failure:
+        print(f"not proved: {failure}", file=sys.stderr)
+        return 1
+    finally:
+        if options.keep:
+            print(f"     left in {work}")
+        else:
+            Buildah(work).remove_all()
+            shutil.rmtree(work)
+    print("proved: the Dockerfile builds, and the image serves, is checked, drains and stops")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Locust itself, with one process and with several, against a server that only plays one."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from typer.testing import CliRunner
+
+from loadtest.run import app, run_locust
+from loadtest.stream import OK
+
+WAIT = 1.5
+"""Seconds to the only token: longer than the load lasts."""
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Every answer comes after the load has ended."""
+
+    asked = 0
+    lock = threading.Lock()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = json.dumps({"token_ids": list(range(50))}).encode()
+        if self.path == "/generate":
+            assert 0 < body["max_tokens"] <= 256
+            with Slow.lock:
+                Slow.asked += 1
+            time.sleep(WAIT)
+            answer = (
+                b'event: token\ndata: {}\n\nevent: done\ndata: {"usage":{"cached_tokens":2}}\n\n'
+            )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Slow.asked = 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_answer_is_left_out(url: str, workers: int) -> None:
+    seen = run_locust(url, "steady", rate=40.0, seconds=1.0, context=1024, workers=workers)
+    assert len(seen) == Slow.asked
+    assert 10 < len(seen) < 90  # of about 40
+    assert all(each.outcome == OK and each.cached_tokens == 2 for each in seen)
+    assert all(each.first is not None and each.first >= WAIT for each in seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scenario", "none"], "one of ramp, steady, burst"),
+        (["--scenario", "burst"], "--rate is needed"),
+        (["--rate", "0.1"], "at least 0.6"),
+        (["--host", "http://x", "--serve", "--threads 1"], "not for --host"),
+    ],
+)
+def test_misuse(arguments: list[str], message: str) -> None:
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 2
+    assert message in " ".join(shown.output.split())
