@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from engine.frontend.client import AsyncEngine
 from server import errors
 from server.limits import BodyLimit
-from server.routes import generate, ops
+from server.routes import generate, ops, page
 from server.service import Service
 from server.settings import ServerSettings
 
@@ -48,5 +48,6 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.include_router(generate.router)
     app.include_router(ops.router)
+    page.install(app)
     errors.install(app)
     return app

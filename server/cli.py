@@ -7,7 +7,7 @@ import sys
 import time
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -17,12 +17,28 @@ from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
+from server.chat import ChatTemplate
+from server.conversation import Conversation
 from server.listener import listen_all
+from server.options import (
+    FrequencyPenaltyOption,
+    IgnoreEosOption,
+    MinPOption,
+    PresencePenaltyOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    option,
+)
 from server.outcome import FAILED, INTERRUPTED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
 from server.peer import PeerConfig, PeerProcess
 from server.settings import ServerSettings
 from server.sizes import parse_size
+from server.talk import talk
 
 STOP_SECONDS = 5.0
 CRASH_SECONDS = 2.0
@@ -43,11 +59,6 @@ app = typer.Typer(
 def main() -> None:
     """The `ropeway` command."""
     app()
-
-
-def option(*names: str, **settings: Any) -> Any:
-    """An option; its environment variable works but would drown its help."""
-    return typer.Option(*names, show_envvar=False, **settings)
 
 
 def size_option(text: str) -> int:
@@ -274,32 +285,16 @@ def generate(
     max_tokens: Annotated[
         int, option(help="Tokens to generate; 0: as many as the context has room for.")
     ] = 128,
-    temperature: Annotated[
-        float, option(help="0 takes the likeliest token.")
-    ] = SAMPLING.temperature,
-    top_k: Annotated[int, option(help="Keep the k likeliest; 0: all.")] = SAMPLING.top_k,
-    top_p: Annotated[
-        float, option(help="Keep the likeliest tokens whose mass reaches p.")
-    ] = SAMPLING.top_p,
-    min_p: Annotated[
-        float, option(help="Keep tokens at least this much as likely as the likeliest.")
-    ] = SAMPLING.min_p,
-    repetition_penalty: Annotated[
-        float, option(help="Makes tokens that were there less likely.")
-    ] = SAMPLING.repetition_penalty,
-    presence_penalty: Annotated[
-        float, option(help="Subtracted once from tokens that the output has.")
-    ] = SAMPLING.presence_penalty,
-    frequency_penalty: Annotated[
-        float, option(help="Subtracted for each time that the output has a token.")
-    ] = SAMPLING.frequency_penalty,
-    seed: Annotated[int | None, option(help="Same seed, same text.")] = None,
-    stop: Annotated[
-        list[str] | None, option(help="Text that ends the output; may be repeated.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, option("--ignore-eos", help="Go on after the model's end token.")
-    ] = False,
+    temperature: TemperatureOption = SAMPLING.temperature,
+    top_k: TopKOption = SAMPLING.top_k,
+    top_p: TopPOption = SAMPLING.top_p,
+    min_p: MinPOption = SAMPLING.min_p,
+    repetition_penalty: RepetitionPenaltyOption = SAMPLING.repetition_penalty,
+    presence_penalty: PresencePenaltyOption = SAMPLING.presence_penalty,
+    frequency_penalty: FrequencyPenaltyOption = SAMPLING.frequency_penalty,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    ignore_eos: IgnoreEosOption = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = "none",
@@ -346,6 +341,64 @@ def generate(
     first, rest = moments[0] - began, moments[-1] - moments[0]
     speed = f", then {(len(moments) - 1) / rest:.1f} tokens/s" if rest else ""
     typer.echo(f"{len(moments)} tokens: first after {first:.3f} s{speed}", err=True)
+
+
+@app.command()
+def chat(
+    *,
+    model: ModelOption = None,
+    max_tokens: Annotated[
+        int, option(help="Tokens of an answer; 0: as many as the context has room for.")
+    ] = 256,
+    temperature: TemperatureOption = SAMPLING.temperature,
+    top_k: TopKOption = SAMPLING.top_k,
+    top_p: TopPOption = SAMPLING.top_p,
+    min_p: MinPOption = SAMPLING.min_p,
+    repetition_penalty: RepetitionPenaltyOption = SAMPLING.repetition_penalty,
+    presence_penalty: PresencePenaltyOption = SAMPLING.presence_penalty,
+    frequency_penalty: FrequencyPenaltyOption = SAMPLING.frequency_penalty,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    ignore_eos: IgnoreEosOption = False,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
+    kv_memory: KvMemoryOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Talk with a model in the terminal, without a server; piped in, each line is a turn."""
+    directory = model_directory(model)
+    if sys.stdin is None:
+        fail("standard input is closed", MISUSED)
+    with reported():
+        tokenizer = Tokenizer.from_directory(directory)
+        template = ChatTemplate.from_directory(directory, tokenizer)
+        params = SamplingParams(
+            max_tokens=max_tokens or None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop=tuple(stop or template.stop),
+            ignore_eos=ignore_eos,
+        )
+        # This loads PyTorch, which the other commands do without.
+        from engine.llm import LLM  # noqa: PLC0415
+
+        llm = LLM(
+            directory,
+            device,
+            dtype,
+            kv_memory,
+            quantize=quantize,
+            threads=threads,
+            max_num_seqs=1,
+        )
+        talk(Conversation(llm, template, params))
 
 
 FORWARD = {
