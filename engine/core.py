@@ -36,6 +36,7 @@ from engine.messages import (
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
 from engine.model.loader import load_model, read_config, stored_dtypes
+from engine.model.on_cuda import prepare_for_cuda
 from engine.model.profiles import ProfileTables
 from engine.model.serving import prepare
 from engine.request import Request
@@ -114,15 +115,15 @@ def unsampled_ids(model: ModelConfig, config: EngineConfig) -> list[int]:
     return unused
 
 
-def _notes(directory: Path, dtype: torch.dtype, device: torch.device) -> list[str]:
+def _notes(directory: Path, dtype: torch.dtype, obstacle: str | None) -> list[str]:
     """What a user should know of the way the model is served."""
     notes = []
     stored = stored_dtypes(directory)
     if stored != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in stored))
         notes.append(f"the weights are stored in {names} and were converted")
-    if device.type == "cuda":
-        notes.append("on CUDA the last bits of an answer may depend on the batch, for now")
+    if obstacle is not None:
+        notes.append(f"the last bits of an answer may depend on the batch: {obstacle}")
     return notes
 
 
@@ -162,11 +163,13 @@ class EngineCore:
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        products = f"torch ({device.type})"
         if device.type == "cpu":
-            products = prepare(model, config.quantize)
+            products, obstacle = prepare(model, config.quantize), None
         elif config.quantize != "none":
             raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
+        else:
+            obstacle = prepare_for_cuda(model)
+            products = "triton" if obstacle is None else f"torch ({obstacle})"
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         try:
             cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
@@ -214,7 +217,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
-            notes=_notes(directory, dtype, device),
+            notes=_notes(directory, dtype, obstacle),
             suspects=[] if journal is None else journal.suspects,
             poisoned=[] if journal is None else journal.poisoned,
         )
