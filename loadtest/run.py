@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ BELOW_KNEE = 0.6
 LEAST_REQUESTS = 8
 """Fewer in the counted seconds would say nothing of 95 % of them: the ramp goes no lower."""
 
+TERMINATED = 128 + signal.SIGTERM
 SOURCES = 8
 """Locust users of a run; their sum is a Poisson process again, however many they are."""
 
@@ -106,6 +108,8 @@ def loadtest(
             )
     if host is not None and serve:
         raise typer.BadParameter("--serve is for a server that is started here, not for --host")
+    # So that the server does not outlive us, as it would where SIGTERM just ended us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     console = Console(stderr=True)
     bounds = Bounds(slo_ttft_ms, slo_itl_ms, slo_errors)
     notes = {

@@ -33,6 +33,7 @@ BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 LIMIT_BYTES = 1_200_000_000
 CUDA_NAMES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libtorch_cuda", "nvidia_")
 START_SECONDS = 60.0
+DRAIN_SECONDS = 180
 HOST_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -154,7 +155,9 @@ class Container:
             mounts.append(f"mount --bind {source} {entry}/{name}")
             mounts.append(f"mount -o remount,bind,ro {entry}/{name}")
         mounts.append(f"mount -o remount,bind,ro {entry}")
-        self._environment = [*image.environment, f"ROPEWAY_SERVE_PORT={port}"]
+        # Options as variables; a slow machine may take longer than 30 s to end a stream.
+        ours = [f"ROPEWAY_SERVE_PORT={port}", f"ROPEWAY_SERVE_DRAIN_TIMEOUT={DRAIN_SECONDS}"]
+        self._environment = [*image.environment, *ours]
         inside = ["env", "-i", *self._environment, *image.command(*arguments)]
         run = shlex.join(["chroot", f"--userspec={self._user}:{self._user}", str(entry), *inside])
         script = "set -e\n" + "\n".join(mounts) + f"\nexec {run}\n"
@@ -225,7 +228,7 @@ class Container:
 
     def wait(self) -> int:
         """Its exit status, once it has ended."""
-        return self._process.wait(60)
+        return self._process.wait(DRAIN_SECONDS + 10)
 
     def kill(self) -> None:
         """However it stands."""

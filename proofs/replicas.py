@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import sys
 import threading
 import time
@@ -28,13 +29,21 @@ from loadtest.stream import OK, Client, Generation
 from proofs.common import ROOT, Failed, expect
 from server.ray_app import build
 
-PORT = 8765
 MODEL = str(ROOT / "weights" / "default")
 STREAMS = 16
-TOKENS = 300
+TOKENS = 200
 BEGINNINGS = Scenario("prefix", "", prompt=Lengths(16, 0.5, 4), shared=64)
 KV_MEMORY = 96 << 20
 """Of each replica: about 200 pages, where 64 beginnings of 256 tokens take 256."""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+PORT = _free_port()
 
 
 @dataclass
@@ -172,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: proved; 1: not."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     try:
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         prove_failures()
         shares = {routing: cached_share(routing) for routing in ("load", "prefix")}
         found = ", ".join(f"{share:.0%} by {routing}" for routing, share in shares.items())

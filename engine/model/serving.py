@@ -61,8 +61,8 @@ def fuse(model: GPT2, quantize: Quantize = "none", variant: str | None = None) -
     """Replace the layers of a loaded model, in place; it can no longer be trained.
 
     The last norm becomes part of the head, which so returns float32 logits of the rows that it is
-    given. variant: as for KernelLinear; returns the one in use. Raises KernelUnavailableError before
-    anything is changed.
+    given. variant: as for KernelLinear; returns the one in use. Raises KernelUnavailableError,
+    before anything is changed.
     """
     chosen, _ = load_kernel("linear", [], variant)
     memory = WeightMemory()
