@@ -33,6 +33,7 @@ READY = EngineReady(
     device="none",
     dtype="none",
     attention="none",
+    products="none",
     num_blocks=1 << 20,
     block_size=64,
     kv_bytes=0,

@@ -355,7 +355,7 @@ function plot() {
     const points = values.map((value, at) => `${x(start + at).toFixed(1)},${y(value).toFixed(1)}`);
     draw("polyline", { class: run.profile, points: points.join(" ") });
   }
-  $("reading").textContent = drawn.map(({ run, values }) => `${run.rotation.name}: ${values.at(-1).toFixed(1)}`).join("   ");
+  $("reading").textContent = drawn.map(({ run, values }) => `${run.rotation.name}: ${values.at(-1).toFixed(1)}`).join("  ·  ");
 }
 
 let planned = 0;

@@ -274,7 +274,7 @@ async def test_a_stream_that_failed_says_so(page: Page, served: Served) -> None:
     await say(served, request, b"so")
     await expect(page.locator(".output .token")).to_have_count(2)
     await served.fake.die()
-    await expect(page.get_by_role("alert")).to_contain_text("engine process ended")
+    await expect(page.get_by_role("alert")).to_contain_text("engine process died")
     await expect(page.get_by_role("status")).to_have_text("")
     await expect(page.get_by_role("button", name="Generate")).to_be_enabled()
 
@@ -324,11 +324,11 @@ async def test_the_guilty_rotation_is_marked(page: Page, served: Served) -> None
 async def test_a_phone_needs_no_sideways_scrolling(page: Page, served: Served, width: int) -> None:
     await page.set_viewport_size({"width": width, "height": 640})
     await page.get_by_label("Compare two rotations").check()
-    requests = [await ask(page, served, "x" * 40), await served.fake.expect(AddRequest)]
+    requests = [await ask(page, served, "x" * 12), await served.fake.expect(AddRequest)]
     for request in requests:
-        await say(served, request, b"W" * 20, end=FinishReason.LENGTH)
+        await say(served, request, b"W" * 40, end=FinishReason.LENGTH)
     await expect(page.get_by_role("status")).to_have_text(["finished: length"] * 2)
-    await page.locator(".output .token").nth(19).hover()
+    await page.locator(".output .token").nth(39).hover()
     assert await page.evaluate(OVERFLOW) <= 0
     boxes = [await each.bounding_box() for each in await page.locator(".run").all()]
     first, second = boxes
@@ -341,7 +341,7 @@ async def test_a_phone_needs_no_sideways_scrolling(page: Page, served: Served, w
 async def test_the_keyboard_reaches_everything(page: Page) -> None:
     await prompt(page).focus()
     reached = []
-    for _ in range(20):
+    for _ in range(15):
         await page.keyboard.press("Tab")
         focused = page.locator(":focus")
         width = await focused.evaluate("element => getComputedStyle(element).outlineWidth")
