@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.frontend.process import EngineProcess
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
@@ -23,23 +23,32 @@ from server.conversation import Conversation
 from server.keys import KeyRing, new_key
 from server.listener import check_certificate, listen_all
 from server.options import (
+    DeviceOption,
+    DTypeOption,
     FrequencyPenaltyOption,
     IgnoreEosOption,
+    KvMemoryOption,
     MinPOption,
+    ModelOption,
     PresencePenaltyOption,
+    QuantizeOption,
     RepetitionPenaltyOption,
     SeedOption,
+    SetOption,
     StopOption,
     TemperatureOption,
+    TextOption,
+    ThreadsOption,
     TopKOption,
     TopPOption,
     option,
+    size_option,
 )
 from server.outcome import FAILED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
 from server.running import run
 from server.settings import LogFormat, LogLevel, ServerSettings
-from server.sizes import format_size, parse_size
+from server.sizes import format_size
 from server.talk import talk
 
 SCHEDULER = SchedulerConfig()
@@ -61,14 +70,6 @@ def main() -> None:
     app()
 
 
-def size_option(text: str) -> int:
-    """A parser for typer."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 def model_directory(model: Path | None) -> Path:
     """The directory, or that of the shipped model."""
     directory = Path(str(resources.files("weights") / "default")) if model is None else model
@@ -85,35 +86,6 @@ def cache_directory() -> Path:
     except RuntimeError as error:
         fail(f"no directory for conversions: {error}; name one (--cache-dir)", FAILED)
     return Path(home) / "ropeway"
-
-
-SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
-SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
-TEXT_HELP = "Text like the training text, to score on what the files leave open."
-TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
-
-ModelOption = Annotated[
-    Path | None, option(metavar="DIR", help="Model directory.", show_default="the shipped")
-]
-DeviceOption = Annotated[Device, option(help="Where the model runs.")]
-DTypeOption = Annotated[
-    DType, option(help="auto: bfloat16 where the hardware multiplies it, else float32.")
-]
-QuantizeOption = Annotated[
-    Quantize, option(help="int8: weights and the rows they multiply, each with a scale (CPU only).")
-]
-KvMemoryOption = Annotated[
-    int | None,
-    option(
-        parser=size_option,
-        metavar="SIZE",
-        help="Memory for the cache, such as 512MiB or 2GiB. Default: whole contexts for all that "
-        "run at once, at most half of what is free.",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None, option(help="CPU threads of the engine.", show_default="one per core")
-]
 
 
 @app.callback(invoke_without_command=True)

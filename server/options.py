@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from engine.config import Device, DType, Quantize
+from server.sizes import parse_size
 
 
 def option(*names: str, **settings: Any) -> Any:
     """An option; its environment variable works but would drown its help."""
     return typer.Option(*names, show_envvar=False, **settings)
 
+
+def size_option(text: str) -> int:
+    """A parser for typer."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
+SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
+TEXT_HELP = "Text like the training text, to score on what the files leave open."
+TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
+
+ModelOption = Annotated[
+    Path | None, option(metavar="DIR", help="Model directory.", show_default="the shipped")
+]
+DeviceOption = Annotated[Device, option(help="Where the model runs.")]
+DTypeOption = Annotated[
+    DType, option(help="auto: bfloat16 where the hardware multiplies it, else float32.")
+]
+QuantizeOption = Annotated[
+    Quantize, option(help="int8: weights and the rows they multiply, each with a scale (CPU only).")
+]
+KvMemoryOption = Annotated[
+    int | None,
+    option(
+        parser=size_option,
+        metavar="SIZE",
+        help="Memory for the cache, such as 512MiB or 2GiB. Default: whole contexts for all that "
+        "run at once, at most half of what is free.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, option(help="CPU threads of the engine.", show_default="one per core")
+]
 
 TemperatureOption = Annotated[float, option(help="0 takes the likeliest token.")]
 TopKOption = Annotated[int, option(help="Keep the k likeliest; 0: all.")]
