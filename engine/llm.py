@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -147,7 +147,7 @@ class LLM:
         prompt: str | list[int],
         params: SamplingParams = SamplingParams(),
         options: RequestOptions = RequestOptions(),
-    ) -> Iterator[TokenDelta]:
+    ) -> Generator[TokenDelta, None, None]:
         """Complete one prompt, token by token. Leaving early aborts."""
         for _, delta, _ in self._run([self._admit(prompt, params, options)]):
             if delta is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from engine.errors import ContextOverflow
@@ -28,7 +28,7 @@ class Conversation:
         """Forget everything."""
         self.messages.clear()
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """The answer to a message, token by token; leaving early keeps what was said until then.
 
         Where the conversation has outgrown the context, its oldest turns go; `forgotten` is the
