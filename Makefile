@@ -8,7 +8,7 @@ ARGS ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types docs unit format install bench chaos loadtest lock docker-proof \
+.PHONY: serve test lint types docs unit format install bench gpu-check chaos loadtest lock docker-proof \
   package-proof ray-proof clean help
 .DEFAULT_GOAL := help
 
@@ -69,6 +69,10 @@ bench: $(VENV)/.installed ## latency and throughput on this machine
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/ropeway bench latency
 	$(BIN)/ropeway bench throughput
+
+# Needs PyTorch for CUDA, Triton, numpy and safetensors in PYTHON; nothing is installed.
+gpu-check: ## with a GPU: check every kernel against float64, measure, compare (PYTHON=, ARGS=)
+	$(PYTHON) -m loadtest.gpu_check $(ARGS)
 
 chaos: $(VENV)/.installed ## mistreat a server: clients leave, the engine is killed (ARGS=)
 	$(BIN)/pip install --quiet --editable ".[bench]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,8 +16,12 @@ import zmq
 from engine.config import CacheConfig, DType, EngineConfig, ModelConfig, SchedulerConfig
 from engine.errors import ConfigError, RopewayError
 from engine.execution.journal import StepJournal
+from engine.execution.masks import GrammarMasks
 from engine.execution.runner import InputBatch, ModelRunner
 from engine.execution.sampler import Sampler
+from engine.frontend.tokenizer import Tokenizer
+from engine.grammar import INSTALLED as GRAMMARS
+from engine.grammar import Vocabulary
 from engine.messages import (
     AbortRequest,
     AddRequest,
@@ -31,6 +36,7 @@ from engine.messages import (
 from engine.model.attention.base import KVCache
 from engine.model.attention.select import select_backend
 from engine.model.loader import load_model, read_config, stored_dtypes
+from engine.model.on_cuda import prepare_for_cuda
 from engine.model.profiles import ProfileTables
 from engine.model.serving import prepare
 from engine.request import Request
@@ -109,16 +115,29 @@ def unsampled_ids(model: ModelConfig, config: EngineConfig) -> list[int]:
     return unused
 
 
-def _notes(directory: Path, dtype: torch.dtype, device: torch.device) -> list[str]:
+def _notes(directory: Path, dtype: torch.dtype, obstacle: str | None) -> list[str]:
     """What a user should know of the way the model is served."""
     notes = []
     stored = stored_dtypes(directory)
     if stored != {dtype}:
         names = ", ".join(sorted(str(each).removeprefix("torch.") for each in stored))
         notes.append(f"the weights are stored in {names} and were converted")
-    if device.type == "cuda":
-        notes.append("on CUDA the last bits of an answer may depend on the batch, for now")
+    if obstacle is not None:
+        notes.append(f"the last bits of an answer may depend on the batch: {obstacle}")
     return notes
+
+
+def _vocabulary(directory: Path, eos_token_id: int | None) -> Vocabulary:
+    """Of a model directory's tokenizer. Raises TokenizerError."""
+    tokenizer = Tokenizer.from_directory(directory)
+    special_ids = tokenizer.special_tokens.values()
+    tokens = [
+        tokenizer.token_bytes(token_id) if token_id in tokenizer else b""
+        for token_id in range(len(tokenizer))
+    ]
+    for name, token_id in tokenizer.special_tokens.items():
+        tokens[token_id] = name.encode()
+    return Vocabulary(tokens, list(special_ids), eos_token_id)
 
 
 class EngineCore:
@@ -144,11 +163,13 @@ class EngineCore:
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        products = f"torch ({device.type})"
         if device.type == "cpu":
-            products = prepare(model, config.quantize)
+            products, obstacle = prepare(model, config.quantize), None
         elif config.quantize != "none":
             raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
+        else:
+            obstacle = prepare_for_cuda(model)
+            products = "triton" if obstacle is None else f"torch ({obstacle})"
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         try:
             cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
@@ -170,7 +191,11 @@ class EngineCore:
         self._scheduler = Scheduler(config.scheduler, self._pool, profiles=profiles)
         max_blocks = self._pool.blocks_for(rope.context(context))
         batch = InputBatch(config.scheduler.max_num_seqs, min(max_blocks, num_blocks))
-        sampler = Sampler(model_config.vocab_size, unsampled_ids(model_config, config))
+        masks = None
+        if GRAMMARS:
+            masks = GrammarMasks(partial(_vocabulary, directory, model_config.eos_token_id))
+        unsampled = unsampled_ids(model_config, config)
+        sampler = Sampler(model_config.vocab_size, unsampled, masks)
         self._runner = ModelRunner(model, backend, sampler, batch)
         self._runner.warm_up((1, 2, 8, 64))
         self.ready = EngineReady(
@@ -192,7 +217,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
-            notes=_notes(directory, dtype, device),
+            notes=_notes(directory, dtype, obstacle),
             suspects=[] if journal is None else journal.suspects,
             poisoned=[] if journal is None else journal.poisoned,
         )
@@ -292,7 +317,7 @@ class EngineLoop:
         by_worker: dict[bytes, list[EngineOutput]] = defaultdict(list)
         for output in outputs:
             by_worker[self._owner[output.request_id]].append(output)
-            if output.finish_reason is not None:
+            if output.last:
                 del self._owner[output.request_id]
         stats = self._core.stats
         for worker in list(self._workers):

@@ -13,6 +13,7 @@ RopewayError
     ├── EngineStartError   the engine process could not start
     ├── EngineDead         the engine process is gone
     ├── PoisonedRequest    the request killed the engine process, and did so again alone
+    ├── GrammarFailed      the output cannot go on as its grammar demands
     └── Draining           the server is shutting down and takes, or finishes, no more requests
 
 `code` is stable: clients may compare it. The message is for people and may change.
@@ -101,6 +102,12 @@ class PoisonedRequest(EngineError):
     """The engine process died of this request, and again when it computed nothing else."""
 
     code = "poisoned_request"
+
+
+class GrammarFailed(EngineError):
+    """An output cannot go on: its grammar is too complex here, or no token of the model fits."""
+
+    code = "grammar_failed"
 
 
 class Draining(EngineError):

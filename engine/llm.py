@@ -13,7 +13,7 @@ import msgspec
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
 from engine.core import EngineCore
-from engine.errors import InvalidRequest
+from engine.errors import GrammarFailed, InvalidRequest
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ class LLM:
         prompt: str | list[int],
         params: SamplingParams = SamplingParams(),
         options: RequestOptions = RequestOptions(),
-    ) -> Generator[TokenDelta, None, None]:
+    ) -> Generator[TokenDelta]:
         """Complete one prompt, token by token. Leaving early aborts."""
         for _, delta, _ in self._run([self._admit(prompt, params, options)]):
             if delta is not None:
@@ -236,6 +236,8 @@ class LLM:
                     inbox = self._inboxes[request_id]
                     while inbox and processor.finish_reason is None:
                         output = inbox.popleft()
+                        if output.error is not None:
+                            raise GrammarFailed(output.error)
                         delta = processor.process(output)
                         if processor.finish_reason is not None:
                             del open_outputs[request_id]

@@ -63,7 +63,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     index: stream index of the token. token_id: None where the request ended without one, at its
     timeout; then index is that of the token that would have come. queue_seconds: how long the
     request waited for its first step, sent with its first token, as is cached_tokens: tokens of its
-    prompt that were not computed, and scores, of its targets.
+    prompt that were not computed, and scores, of its targets. error: why the request cannot go on;
+    it is the last output then, and has no token.
     """
 
     request_id: str
@@ -74,6 +75,12 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     queue_seconds: float | None = None
     cached_tokens: int = 0
     scores: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the engine has forgotten the request."""
+        return self.finish_reason is not None or self.error is not None
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -188,10 +195,15 @@ class SchedulerOutput:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """What the sampler chose for one request."""
+    """What the sampler chose for one request.
+
+    ended: its grammar lets nothing follow; error: why there is no token.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    ended: bool = False
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ from engine.scaling import MAX_CONTEXT, UNSCALED, RopeScaling
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_GRAMMAR = 65_536
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
 Overflow = Literal["error", "truncate", "shift"]
 SINK_BLOCKS = 1
 """Pages at the beginning that a shift keeps: what they hold, every later token attends to (Xiao et
@@ -44,6 +47,17 @@ class RequestStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output must obey.
+
+    text: a JSON schema; a regular expression for the whole output; or a JSON list of texts, of
+    which the output is one.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token. Checked when made; the defaults leave the model as it is.
 
@@ -61,11 +75,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens          None: as many as the context has room for
     ignore_eos          go on after the model's end token
     logprobs            None: none; k: the token's log-probability and the k likeliest (0 to 20)
+    logit_bias          token id -> added to its logit, -100 to 100
+    grammar             what the output must obey; it ends where nothing can follow
     rope                the rotation profile, instead of the model's own; the context follows its
                         factor. A RopeScaling, or what RopeScaling.from_dict reads
 
-    Filters apply in the order penalties, temperature, top_k, top_p, min_p. Log-probabilities are
-    the model's own, before any of them.
+    Biases come first; then penalties, temperature, top_k, top_p, min_p. Log-probabilities are the
+    model's own, before any of them.
     """
 
     temperature: float = 1.0
@@ -81,6 +97,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    grammar: Grammar | None = None
     rope: RopeScaling | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +122,45 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_integer(self, "logprobs", 0, MAX_LOGPROBS)
         self._check_stop_strings()
         self._check_stop_token_ids()
+        self._check_logit_bias()
+        if self.grammar is not None:
+            if len(self.grammar.text) > MAX_GRAMMAR:
+                raise InvalidRequest(
+                    f"{self.grammar.kind} can have at most {MAX_GRAMMAR} characters, got "
+                    f"{len(self.grammar.text)}",
+                    self.grammar.kind,
+                )
+            if self.ignore_eos:
+                raise InvalidRequest(
+                    f"ignore_eos cannot go with {self.grammar.kind}, whose end is the output's",
+                    "ignore_eos",
+                )
+
+    def _check_logit_bias(self) -> None:
+        if not isinstance(self.logit_bias, dict):
+            raise InvalidRequest(
+                f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", "logit_bias"
+            )
+        if len(self.logit_bias) > MAX_BIASES:
+            raise InvalidRequest(
+                f"logit_bias takes at most {MAX_BIASES} tokens, got {len(self.logit_bias)}",
+                "logit_bias",
+            )
+        for token_id, bias in self.logit_bias.items():
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidRequest(
+                    f"logit_bias must have token ids as keys, got {token_id!r}", "logit_bias"
+                )
+            if isinstance(bias, bool) or not isinstance(bias, int | float):
+                raise InvalidRequest(
+                    f"logit_bias[{token_id}] must be a number, got {bias!r}", "logit_bias"
+                )
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise InvalidRequest(
+                    f"logit_bias[{token_id}] must be at least {-MAX_BIAS} and at most {MAX_BIAS}, "
+                    f"got {bias}",
+                    "logit_bias",
+                )
         self._check_rope()
 
     def _check_rope(self) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from engine.config import DType
 from engine.model.loader import read_config
+from loadtest import http as http_process
 from loadtest import prefill as prompts
 from loadtest import serve as serving
 from loadtest import startup as starting
@@ -279,3 +280,4 @@ def determinism(
 
 app.command()(chaos)
 app.command()(quality)
+app.command("http")(http_process.measure)

@@ -168,7 +168,9 @@ def cached_share(routing: str) -> float:
 
 def prove_scaling() -> None:
     """From one replica to two. Raises Failed."""
+    serve.delete("ropeway")
     start(min_replicas=1, max_replicas=2, target_requests=4, upscale_seconds=1)
+    expect("it begins with one replica", len(replicas()) == 1)
     began = time.monotonic()
     while len(replicas()) < 2 and time.monotonic() - began < 90:
         with Load():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,13 +14,14 @@ import typer
 from rich.console import Console
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
-from engine.frontend.process import EngineProcess, Supervisor
+from engine.frontend.process import EngineProcess
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from engine.request import SamplingParams
 from server.chat import ChatTemplate
 from server.conversation import Conversation
-from server.listener import listen_all
+from server.keys import KeyRing, new_key
+from server.listener import check_certificate, listen_all
 from server.options import (
     FrequencyPenaltyOption,
     IgnoreEosOption,
@@ -33,15 +35,13 @@ from server.options import (
     TopPOption,
     option,
 )
-from server.outcome import FAILED, INTERRUPTED, MISUSED, UNDECIDED, extra, fail, reported
+from server.outcome import FAILED, MISUSED, UNDECIDED, extra, fail, reported
 from server.panel import show
-from server.peer import PeerConfig, PeerProcess
-from server.settings import ServerSettings
-from server.sizes import parse_size
+from server.running import run
+from server.settings import LogFormat, LogLevel, ServerSettings
+from server.sizes import format_size, parse_size
 from server.talk import talk
 
-STOP_SECONDS = 5.0
-CRASH_SECONDS = 2.0
 SCHEDULER = SchedulerConfig()
 SERVER = ServerSettings()
 SAMPLING = SamplingParams()
@@ -166,15 +166,46 @@ def serve(
     block_size: Annotated[
         int, option(help="Tokens in a page of the cache: 16, 32 or 64.")
     ] = CacheConfig().block_size,
-    api_workers: Annotated[
-        int, option(min=1, help="HTTP processes; each has its own /metrics.")
-    ] = 1,
+    api_workers: Annotated[int, option(min=1, help="HTTP processes on the one port.")] = 1,
     drain_timeout: Annotated[
         float, option(min=0, help="Seconds that running streams get once told to stop.")
     ] = SERVER.drain_seconds,
     max_restarts: Annotated[
         int, option(min=0, help="Restarts in a row of an engine process that died.")
     ] = SERVER.max_restarts,
+    max_body: Annotated[
+        int | None,
+        option(
+            parser=size_option,
+            metavar="SIZE",
+            help="The largest body of a request.",
+            show_default=format_size(SERVER.max_body_bytes),
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, option(metavar="FILE", help="Whose keys are let in; see `ropeway key`.")
+    ] = None,
+    share_prefix_cache: Annotated[
+        bool, option("--share-prefix-cache", help="Cached prompts serve all keys, not only one.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, option(help="Origin of pages that may ask; may be repeated.")
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, option(metavar="FILE", help="Certificate chain, for HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, option(metavar="FILE", help="And its key.")] = None,
+    log_format: Annotated[LogFormat, option(help="Of the log on standard error.")] = "text",
+    log_level: Annotated[LogLevel, option(help="info: a line for every request.")] = "warning",
+    log_prompts: Annotated[
+        bool, option("--log-prompts", help="With what was asked; otherwise the log never has it.")
+    ] = False,
+    resume_window: Annotated[
+        float, option(min=0, help="Seconds that a stream waits for a client that was lost.")
+    ] = SERVER.resume_window,
+    otlp_endpoint: Annotated[
+        str | None, option(metavar="URL", help="Send traces there by OTLP over HTTP (extra: otel).")
+    ] = None,
     cache_dir: Annotated[
         Path | None,
         option(
@@ -197,6 +228,7 @@ def serve(
         wanted = Wanted(model or model_directory(None), text, declare or ())
         directory = servable(wanted, cache_dir or cache_directory(), Console(stderr=True))
         tokenizer = Tokenizer.from_directory(directory)
+        chat = ChatTemplate.from_directory(directory, tokenizer)
         config = EngineConfig(
             model_dir=str(directory),
             device=device,
@@ -212,66 +244,43 @@ def serve(
             num_token_ids=len(tokenizer),
             unused_token_ids=tuple(tokenizer.unused_ids),
         )
+        check_certificate(ssl_certfile, ssl_keyfile)
+        if api_key_file is not None:
+            KeyRing.from_file(api_key_file)
     settings = ServerSettings(
         max_queue=max_queue,
         num_workers=api_workers,
         drain_seconds=drain_timeout,
         max_restarts=max_restarts,
+        max_body_bytes=SERVER.max_body_bytes if max_body is None else max_body,
+        api_key_file=None if api_key_file is None else str(api_key_file),
+        share_prefix_cache=share_prefix_cache,
+        cors_origins=tuple(cors_origin or ()),
+        ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
+        ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
+        log_format=log_format,
+        log_level=log_level,
+        log_prompts=log_prompts,
+        otlp_endpoint=otlp_endpoint,
+        resume_window=resume_window,
     )
+    if otlp_endpoint is not None:
+        with extra("otel"):
+            import server.tracing  # noqa: F401, PLC0415
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
 
     def announce(ready: EngineReady) -> None:
-        show(Console(), ready, host, bound_port, time.monotonic() - began)
+        secure, keys = ssl_certfile is not None, api_key_file is not None
+        seconds = time.monotonic() - began
+        show(Console(), ready, host, bound_port, seconds, secure=secure, keys=keys)
 
     with reported():
         process = EngineProcess(config)
-    peers: list[PeerProcess] = []
-    patience = 0.0  # with what is still running, where we are interrupted
-    try:
-        process.start()
-        # Only now, while the engine process imports PyTorch, what takes us long to import.
-        from server.worker import HttpWorker  # noqa: PLC0415
-
-        for other in others:
-            peer = PeerConfig(
-                address=process.address,
-                model_dir=str(directory),
-                listener=other.fileno(),
-                settings=settings,
-            )
-            peers.append(PeerProcess(peer))
-            other.close()
-        worker = HttpWorker(
-            tokenizer,
-            process.address,
-            listener,
-            settings,
-            exited=process.exit_status,
-            supervise=Supervisor(process, max_restarts).poll,
-            peers=peers,
-        )
-        lived = worker.run(announce)
-        # A process that crashed closes its connections a moment before it has a status.
-        peers_lived = all(each.exit_status() in (None, 0) for each in peers)
-        status = process.exit_status() if lived or not peers_lived else process.wait(CRASH_SECONDS)
-        patience = 0.0 if worker.hurried else STOP_SECONDS
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        for each in peers:
-            each.stop(patience)
-        process.stop(patience)
-    if worker.hurried:
-        raise typer.Exit(INTERRUPTED)
-    if not lived:
-        if status in (FAILED, MISUSED):  # the engine process has said what is wrong
-            raise typer.Exit(status)
-        if not peers_lived:
-            fail("an HTTP worker process ended", FAILED)
-        if status is None:  # it lives; what broke is in the log
-            fail("the connection to the engine broke", FAILED)
-        fail(f"the engine process ended with status {status}", FAILED)
+    if others:
+        settings = replace(settings, shared_dir=str(process.folder))
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(process.folder)  # as metrics.py says
+    run(process, directory, tokenizer, chat, [listener, *others], settings, announce)
 
 
 @app.command()
@@ -341,6 +350,20 @@ def generate(
     first, rest = moments[0] - began, moments[-1] - moments[0]
     speed = f", then {(len(moments) - 1) / rest:.1f} tokens/s" if rest else ""
     typer.echo(f"{len(moments)} tokens: first after {first:.3f} s{speed}", err=True)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(show_envvar=False, help="Whose key it will be.")],
+    *,
+    rate: Annotated[int | None, option(min=1, help="Requests a minute.")] = None,
+    concurrency: Annotated[int | None, option(min=1, help="Requests at once.")] = None,
+) -> None:
+    """Make an API key: its line for --api-key-file, and on standard error the key itself."""
+    with reported():
+        secret, made = new_key(name, rate, concurrency)
+    typer.echo(made.line)
+    typer.echo(f"the key of {name}, which is shown only now: {secret}", err=True)
 
 
 @app.command()

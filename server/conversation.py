@@ -28,7 +28,7 @@ class Conversation:
         """Forget everything."""
         self.messages.clear()
 
-    def answer(self, text: str) -> Generator[str, None, None]:
+    def answer(self, text: str) -> Generator[str]:
         """The answer to a message, token by token; leaving early keeps what was said until then.
 
         Where the conversation has outgrown the context, its oldest turns go; `forgotten` is the

@@ -17,11 +17,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from server.answers import ErrorEvent
 from server.call import Call, Head, prepared, timed
 from server.errors import error_response
-from server.schemas import ErrorEvent
+from server.events import named_event
 from server.splice import Diverged, Splice
-from server.sse import last_event
 
 PAUSE_SECONDS = 0.1
 """Before the second replica is asked; twice as long before each further one."""
@@ -58,7 +58,9 @@ class Gateway:
             body=await request.body(),
         )
         if call.path == "/metrics":
-            return error_response(404, "not_found", "Ray exports the metrics of its replicas")
+            return error_response(
+                404, "not_found", "Ray exports the metrics of its replicas", scope=request.scope
+            )
         asking = Asking(self._replicas, prepared(call), self._attempts, self._failures)
         try:
             while True:
@@ -72,7 +74,9 @@ class Gateway:
                     continue
                 return Response(body, head.status, head.kept)
         except InVain as error:
-            return error_response(503, "no_replica", str(error), None, {"Retry-After": "1"})
+            return error_response(
+                503, "no_replica", str(error), None, {"Retry-After": "1"}, scope=request.scope
+            )
 
 
 class Asking:
@@ -150,9 +154,9 @@ async def stream(asking: Asking) -> AsyncIterator[bytes]:
             while not (head := await asking.begin()).streams:
                 asking.lost = Lost(f"a replica refused with status {head.status}")
     except Diverged as error:
-        yield last_event("error", ErrorEvent(code="diverged", message=str(error)))
+        yield named_event("error", ErrorEvent(code="diverged", message=str(error)))
     except InVain as error:
-        yield last_event("error", ErrorEvent(code="no_replica", message=str(error)))
+        yield named_event("error", ErrorEvent(code="no_replica", message=str(error)))
     finally:
         asking.close()
 

@@ -31,7 +31,10 @@ class BodyLimit:
         declared = Headers(scope=scope).get("content-length")
         if declared is not None and int(declared) > self._max_bytes:
             response = error_response(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, CODE, self._message(declared)
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                CODE,
+                self._message(declared),
+                scope=scope,
             )
             await response(scope, receive, send)
             return

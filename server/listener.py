@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import ssl
+from pathlib import Path
 
+from engine.errors import ConfigError
 from server.outcome import FAILED, fail
 
 BACKLOG = 2048
@@ -32,3 +35,16 @@ def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
     port = alone.getsockname()[1]
     alone.close()
     return [listen(host, port, shared=True) for _ in range(count)]
+
+
+def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
+    """Raises ConfigError for files that HTTPS could not be spoken with."""
+    if certfile is None:
+        if keyfile is not None:
+            raise ConfigError("ssl_keyfile needs ssl_certfile as well")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as error:
+        where = certfile if keyfile is None else f"{certfile} with the key {keyfile}"
+        raise ConfigError(f"ssl_certfile {where} cannot be used: {error}") from error

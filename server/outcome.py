@@ -12,11 +12,12 @@ import typer
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, RequestError, RopewayError
 from engine.request import SamplingParams
+from server.settings import ServerSettings
 
 FAILED, MISUSED, UNDECIDED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes, besides 0."""
 
-CONFIGS = (EngineConfig, CacheConfig, SchedulerConfig)
+CONFIGS = (EngineConfig, CacheConfig, SchedulerConfig, ServerSettings)
 OPTIONS = {
     *(field.name for config in CONFIGS for field in fields(config)),
     *SamplingParams.__struct_fields__,

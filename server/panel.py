@@ -14,10 +14,11 @@ ANY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that mean every interface, and one that they have on this machine."""
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, *, secure: bool = False) -> str:
     """A URL that works on this machine, also where the server listens on every interface."""
     host = ANY_INTERFACE.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if secure else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _millions(count: int) -> str:
@@ -34,9 +35,18 @@ def cache_line(ready: EngineReady) -> str:
     )
 
 
-def show(console: Console, ready: EngineReady, host: str, port: int, seconds: float) -> None:
-    """Print it. seconds: from the command to ready."""
-    url = url_of(host, port)
+def show(
+    console: Console,
+    ready: EngineReady,
+    host: str,
+    port: int,
+    seconds: float,
+    *,
+    secure: bool = False,
+    keys: bool = False,
+) -> None:
+    """Print it. seconds: from the command to ready; secure: HTTPS; keys: API keys are needed."""
+    url = url_of(host, port, secure=secure)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -57,5 +67,6 @@ def show(console: Console, ready: EngineReady, host: str, port: int, seconds: fl
     console.print(Panel(table, title=title, title_align="left", expand=False))
     body = """'{"prompt": "The old captain", "max_tokens": 64}'"""
     # Apart from the panel and never wrapped, so that it can be copied.
-    console.print(f"curl -N {url}/generate --json {body}", soft_wrap=True, markup=False)
+    key = '-H "Authorization: Bearer $KEY" ' if keys else ""
+    console.print(f"curl -N {url}/generate {key}--json {body}", soft_wrap=True, markup=False)
     console.print("Ctrl-C drains and stops; a second one stops at once.", style="dim")

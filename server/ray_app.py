@@ -37,6 +37,7 @@ from engine.frontend.tokenizer import Tokenizer
 from server.affinity import PrefixAffinity
 from server.app import create_app
 from server.call import Call, Head
+from server.chat import ChatTemplate
 from server.gateway import Gateway
 from server.settings import ServerSettings
 
@@ -117,6 +118,7 @@ class EngineReplica:
         self._name = str(serve.get_replica_context().replica_id.unique_id).encode()
         directory = Path(settings.model)
         tokenizer = Tokenizer.from_directory(directory)
+        chat = ChatTemplate.from_directory(directory, tokenizer)
         server = ServerSettings(max_queue=settings.max_queue, drain_seconds=settings.drain_seconds)
         self._process = EngineProcess(
             EngineConfig(
@@ -134,7 +136,7 @@ class EngineReplica:
         self._engine = AsyncEngine(
             tokenizer, self._process.address, max_queue=server.max_queue, recovers=True
         )
-        self._app = create_app(self._engine, server, self._process.exit_status)
+        self._app = create_app(self._engine, chat, server, self._process.exit_status)
         self._lifespan = self._app.router.lifespan_context(self._app)
         await self._lifespan.__aenter__()
         while self._engine.unready is not None:

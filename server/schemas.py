@@ -6,30 +6,32 @@ SamplingParams, the one authority; the bounds below only tell /docs, and a test 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+import json
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from engine.frontend.client import Stream
-from engine.frontend.output import TokenDelta
-from engine.frontend.tokenizer import Tokenizer
-from engine.messages import TokenLogprobs
+from engine.errors import InvalidRequest
 from engine.request import (
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_GRAMMAR,
     MAX_INT,
     MAX_LOGPROBS,
     MAX_PRIORITY,
+    MAX_SALT,
     MAX_STOP_STRINGS,
     MAX_TIMEOUT_S,
     SEED_BITS,
-    FinishReason,
+    Grammar,
     Overflow,
     RequestOptions,
     SamplingParams,
 )
 from engine.scaling import ScalingType, YarnRamp
 
+MAX_CHOICES = 128
 DEFAULTS = SamplingParams()
 OPTIONS = RequestOptions()
 
@@ -38,11 +40,25 @@ def _is_list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
-def _text_or_ids(value: object) -> object:
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, str) or _is_list_of(int, value)
+
+
+def _prompts(value: object) -> object:
     """One message for the whole union, where pydantic would give one for each member."""
-    if isinstance(value, str) or _is_list_of(int, value):
+    if _is_prompt(value) or (isinstance(value, list) and all(map(_is_prompt, value))):
         return value
-    raise PydanticCustomError("prompt", "must be a text or a list of token ids")
+    raise PydanticCustomError("prompt", "must be a text, a list of token ids, or a list of these")
+
+
+def _biases(value: object) -> object:
+    """JSON has no integer keys."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("logit_bias", "must map token ids to numbers")
+    for key in value:
+        if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 11):
+            raise PydanticCustomError("logit_bias", "must have token ids as keys")
+    return {int(key): bias for key, bias in value.items()}
 
 
 def _text_or_texts(value: object) -> object:
@@ -51,7 +67,8 @@ def _text_or_texts(value: object) -> object:
     raise PydanticCustomError("stop", "must be a text or a list of texts")
 
 
-def _bounds(low: float, high: float, open_low: bool = False) -> dict[str, Any]:
+def bounds(low: float, high: float, open_low: bool = False) -> dict[str, Any]:
+    """A range for /docs. open_low: `low` itself is outside."""
     return {"exclusiveMinimum" if open_low else "minimum": low, "maximum": high}
 
 
@@ -81,61 +98,91 @@ class RopeBody(RequestModel):
     scale_base: float = Field(512.0, description="xpos: tokens over which scores fall by zeta.")
 
 
-class GenerateRequest(RequestModel):
-    """A prompt, and how to choose the tokens that follow it."""
+class JsonSchema(RequestModel):
+    """As OpenAI's clients send it. Every schema is obeyed strictly."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"prompt": "The old captain", "max_tokens": 64}]}
-    )
+    name: str = "schema"
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
 
-    prompt: Annotated[str | list[int], BeforeValidator(_text_or_ids)] = Field(
-        description="The text to continue, or its token ids. At least one token."
+
+class ResponseFormat(RequestModel):
+    """`text`: anything; `json_object`: any JSON object; `json_schema`: what `json_schema` says."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> Grammar | None:
+        """None for `text`. Raises InvalidRequest."""
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidRequest(
+                f"response_format.json_schema goes with type json_schema, and with no other; type "
+                f"is {self.type}",
+                "response_format",
+            )
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.json_schema))
+        return Grammar("json_schema", '{"type": "object"}') if self.type == "json_object" else None
+
+
+Prompts = Annotated[str | list[int] | list[str | list[int]], BeforeValidator(_prompts)]
+"""A text, its token ids, or several of these."""
+
+
+class SamplingFields(RequestModel):
+    """How to choose tokens, and how a request is treated: of every route that generates."""
+
+    n: int = Field(
+        1,
+        description="Choices for each prompt. Their random numbers depend on the seed and their "
+        "number.",
+        json_schema_extra=bounds(1, MAX_CHOICES),
     )
-    stream: bool = Field(True, description="Server-sent events; false: one JSON body at the end.")
     max_tokens: int | None = Field(
         DEFAULTS.max_tokens,
         description="Tokens to generate; null: as many as the context has room for.",
-        json_schema_extra=_bounds(1, MAX_INT),
+        json_schema_extra=bounds(1, MAX_INT),
     )
     temperature: float = Field(
         DEFAULTS.temperature,
         description="Logits are divided by it; 0 takes the likeliest token.",
-        json_schema_extra=_bounds(0, 100),
+        json_schema_extra=bounds(0, 100),
     )
     top_k: int = Field(
         DEFAULTS.top_k,
         description="Keep the k likeliest tokens; 0 keeps all.",
-        json_schema_extra=_bounds(0, MAX_INT),
+        json_schema_extra=bounds(0, MAX_INT),
     )
     top_p: float = Field(
         DEFAULTS.top_p,
         description="Keep the smallest set of likeliest tokens whose mass reaches p (nucleus).",
-        json_schema_extra=_bounds(0, 1, open_low=True),
+        json_schema_extra=bounds(0, 1, open_low=True),
     )
     min_p: float = Field(
         DEFAULTS.min_p,
         description="Keep tokens at least min_p times as likely as the likeliest.",
-        json_schema_extra=_bounds(0, 1),
+        json_schema_extra=bounds(0, 1),
     )
     repetition_penalty: float = Field(
         DEFAULTS.repetition_penalty,
         description="Makes tokens of prompt and output less likely (CTRL); 1 does nothing.",
-        json_schema_extra=_bounds(0.01, 100),
+        json_schema_extra=bounds(0.01, 100),
     )
     presence_penalty: float = Field(
         DEFAULTS.presence_penalty,
         description="Subtracted once from the logits of tokens that the output has.",
-        json_schema_extra=_bounds(-100, 100),
+        json_schema_extra=bounds(-100, 100),
     )
     frequency_penalty: float = Field(
         DEFAULTS.frequency_penalty,
         description="Subtracted from a token's logit for each time that the output has it.",
-        json_schema_extra=_bounds(-100, 100),
+        json_schema_extra=bounds(-100, 100),
     )
     seed: int | None = Field(
         DEFAULTS.seed,
         description="Same prompt, parameters and seed: the same tokens. null: drawn.",
-        json_schema_extra=_bounds(0, 2**SEED_BITS - 1),
+        json_schema_extra=bounds(0, 2**SEED_BITS - 1),
     )
     stop: Annotated[str | list[str] | None, BeforeValidator(_text_or_texts)] = Field(
         None,
@@ -146,22 +193,35 @@ class GenerateRequest(RequestModel):
         list(DEFAULTS.stop_token_ids), description="Token ids that end the output."
     )
     ignore_eos: bool = Field(DEFAULTS.ignore_eos, description="Go on after the model's end token.")
-    logprobs: int | None = Field(
-        DEFAULTS.logprobs,
-        description="Give each token's log-probability and those of the k likeliest.",
-        json_schema_extra=_bounds(0, MAX_LOGPROBS),
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = Field(
+        {},
+        description=f"Added to the logits of token ids; -100 all but forbids a token. Up to "
+        f"{MAX_BIASES}.",
+        json_schema_extra={
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number"} | bounds(-MAX_BIAS, MAX_BIAS),
+        },
     )
+    response_format: ResponseFormat | None = Field(
+        None, description="A JSON schema, or any JSON object, that the output must be."
+    )
+    regex: str | None = Field(
+        None,
+        description="A regular expression that the whole output must match.",
+        json_schema_extra={"maxLength": MAX_GRAMMAR},
+    )
+    choice: list[str] | None = Field(None, description="Texts, of which the output must be one.")
     priority: int = Field(
         OPTIONS.priority,
         description="The greater, the sooner the request starts; the others wait longer, but never "
         "for ever.",
-        json_schema_extra=_bounds(-MAX_PRIORITY, MAX_PRIORITY),
+        json_schema_extra=bounds(-MAX_PRIORITY, MAX_PRIORITY),
     )
     timeout_s: float | None = Field(
         OPTIONS.timeout_s,
         description="Seconds that the request may wait and run; then it ends with what it has and "
         "the finish reason `timeout`. null: no limit.",
-        json_schema_extra=_bounds(0, MAX_TIMEOUT_S, open_low=True),
+        json_schema_extra=bounds(0, MAX_TIMEOUT_S, open_low=True),
     )
     overflow: Overflow = Field(
         OPTIONS.overflow,
@@ -169,6 +229,15 @@ class GenerateRequest(RequestModel):
         "request; `truncate` keeps the end of the prompt; `shift` goes on without end by dropping "
         "the oldest pages after the first, which is an approximation.",
     )
+    cache_salt: str = Field(
+        OPTIONS.cache_salt,
+        description="Opaque. Cached prompts are shared among requests of the same salt only.",
+        json_schema_extra={"maxLength": MAX_SALT},
+    )
+
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest to give with each token; None: no log-probabilities."""
+        return None
 
     rope: RopeBody | None = Field(
         None,
@@ -178,7 +247,13 @@ class GenerateRequest(RequestModel):
 
     def to_params(self) -> SamplingParams:
         """Checked sampling parameters. Raises InvalidRequest."""
-        fields = {name: getattr(self, name) for name in SamplingParams.__struct_fields__}
+        fields = {
+            name: getattr(self, name)
+            for name in SamplingParams.__struct_fields__
+            if name not in ("logprobs", "grammar")
+        }
+        fields["grammar"] = self.grammar()
+        fields["logprobs"] = self.num_logprobs()
         stop = () if self.stop is None else self.stop
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
@@ -189,154 +264,74 @@ class GenerateRequest(RequestModel):
     def to_options(self) -> RequestOptions:
         """Checked options. Raises InvalidRequest."""
         return RequestOptions(
-            priority=self.priority, timeout_s=self.timeout_s, overflow=self.overflow
+            priority=self.priority,
+            timeout_s=self.timeout_s,
+            overflow=self.overflow,
+            cache_salt=self.cache_salt,
         )
 
+    def grammar(self) -> Grammar | None:
+        """What the output must obey. Raises InvalidRequest."""
+        found: dict[str, Grammar | None] = {}
+        if self.response_format is not None:
+            found["response_format"] = self.response_format.grammar()
+        if self.regex is not None:
+            found["regex"] = Grammar("regex", self.regex)
+        if self.choice is not None:
+            if not self.choice or not all(self.choice):
+                raise InvalidRequest("choice must hold texts that are not empty", "choice")
+            found["choice"] = Grammar("choice", json.dumps(self.choice))
+        if len(found) > 1:
+            raise InvalidRequest(f"{' and '.join(found)} cannot go together", list(found)[1])
+        return next(iter(found.values()), None)
 
-class TopLogprob(BaseModel):
-    """One of the likeliest tokens. Bytes of `token` that are no character show as U+FFFD."""
-
-    token_id: int
-    token: str
-    logprob: float
-
-    @classmethod
-    def all_of(cls, logprobs: TokenLogprobs, tokenizer: Tokenizer) -> list[Self]:
-        """The likeliest tokens, with their texts."""
-        return [
-            cls(token_id=token_id, token=tokenizer.decode([token_id]), logprob=logprob)
-            for token_id, logprob in logprobs.top
-        ]
-
-
-class TokenLogprob(TopLogprob):
-    """A token's log-probability under the model, and the likeliest tokens in its place."""
-
-    top_logprobs: list[TopLogprob]
-
-    @classmethod
-    def of(cls, token_id: int, logprobs: TokenLogprobs, tokenizer: Tokenizer) -> Self:
-        """Of the token that was taken."""
-        return cls(
-            token_id=token_id,
-            token=tokenizer.decode([token_id]),
-            logprob=logprobs.logprob,
-            top_logprobs=TopLogprob.all_of(logprobs, tokenizer),
-        )
+    def num_choices(self) -> int:
+        """`n`, checked. Raises InvalidRequest."""
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise InvalidRequest(
+                f"n must be at least 1 and at most {MAX_CHOICES}, got {self.n}", "n"
+            )
+        return self.n
 
 
-class TokenEvent(BaseModel):
-    """Data of `event: token`. `text` may be empty: half a character, or the start of a stop."""
-
-    index: int
-    token_id: int
-    text: str
-    logprob: float | None = None
-    top_logprobs: list[TopLogprob] | None = None
-
-    @classmethod
-    def of(cls, delta: TokenDelta, tokenizer: Tokenizer) -> Self:
-        """Log-probabilities stay unset where they were not asked for."""
-        event = cls(index=delta.index, token_id=delta.token_id, text=delta.text)
-        if delta.logprobs is not None:
-            event.logprob = delta.logprobs.logprob
-            event.top_logprobs = TopLogprob.all_of(delta.logprobs, tokenizer)
-        return event
+def prompts_of(prompt: str | list[int] | list[str | list[int]]) -> list[str | list[int]]:
+    """The prompts, one or several."""
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        return [cast("str | list[int]", prompt)]
+    return prompt
 
 
-class UsageBody(BaseModel):
-    """Tokens that a request took.
+class LogprobsField(SamplingFields):
+    """Of the routes whose `logprobs` is a number."""
 
-    `cached_tokens` of the prompt were not computed again; `dropped_tokens` were cut from it, and
-    are not counted in it, or were shifted out: see `overflow`.
-    """
+    logprobs: int | None = Field(
+        DEFAULTS.logprobs,
+        description="Give each token's log-probability and those of the k likeliest.",
+        json_schema_extra=bounds(0, MAX_LOGPROBS),
+    )
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    cached_tokens: int
-    dropped_tokens: int
-
-
-class TimingBody(BaseModel):
-    """Seconds: in the engine's queue; from acceptance to the first token and to the last."""
-
-    queue_s: float | None
-    first_token_s: float | None
-    total_s: float | None
+    def num_logprobs(self) -> int | None:
+        """As asked."""
+        return self.logprobs
 
 
-class DoneEvent(BaseModel):
-    """Data of `event: done`, the last event of a stream that succeeded."""
+class GenerateRequest(LogprobsField):
+    """A prompt or several, and how to choose the tokens that follow."""
 
-    finish_reason: FinishReason
-    usage: UsageBody
-    timing: TimingBody
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "The old captain", "max_tokens": 64}]}
+    )
 
-    @classmethod
-    def of(cls, stream: Stream) -> Self:
-        """How a stream went that has ended."""
-        return cls.model_validate(_summary(stream))
-
-
-class ErrorEvent(BaseModel):
-    """Data of `event: error`, the last event of a stream that could not finish."""
-
-    code: str
-    message: str
-
-
-class GenerateResponse(BaseModel):
-    """The body where `"stream": false`."""
-
-    request_id: str
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason
-    usage: UsageBody
-    timing: TimingBody
-
-    @classmethod
-    def of(cls, stream: Stream, deltas: Sequence[TokenDelta], tokenizer: Tokenizer) -> Self:
-        """A whole output. Log-probabilities stay unset where they were not asked for."""
-        response = cls.model_validate(
-            {
-                "request_id": stream.request_id,
-                "text": "".join(delta.text for delta in deltas),
-                "token_ids": [delta.token_id for delta in deltas],
-                **_summary(stream),
-            }
-        )
-        logprobs = [
-            TokenLogprob.of(delta.token_id, delta.logprobs, tokenizer)
-            for delta in deltas
-            if delta.logprobs is not None
-        ]
-        if logprobs:
-            response.logprobs = logprobs
-        return response
-
-
-def _summary(stream: Stream) -> dict[str, Any]:
-    """Of a stream that has ended."""
-    usage, timing = stream.usage, stream.timing
-    moments = {
-        "queue_s": timing.queue,
-        "first_token_s": timing.first_token,
-        "total_s": timing.total,
-    }
-    return {
-        "finish_reason": stream.finish_reason,
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "dropped_tokens": usage.dropped_tokens,
-        },
-        "timing": {name: at if at is None else round(at, 6) for name, at in moments.items()},
-    }
+    prompt: Prompts = Field(
+        description="The text to continue, or its token ids; or a list of such prompts. At least "
+        "one token each."
+    )
+    stream: bool = Field(True, description="Server-sent events; false: one JSON body at the end.")
+    echo: bool = Field(
+        False,
+        description="Give the prompt as well: before the text, or as an `event: prompt` before "
+        "the tokens.",
+    )
 
 
 class ErrorDetail(BaseModel):
@@ -351,6 +346,21 @@ class ErrorBody(BaseModel):
     """The body of every answer that is not a success."""
 
     error: ErrorDetail
+
+
+class OpenAIErrorDetail(BaseModel):
+    """`code` is that of the same error elsewhere; `param` is the guilty field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIErrorBody(BaseModel):
+    """The same under /v1/, in OpenAI's shape."""
+
+    error: OpenAIErrorDetail
 
 
 class TokenizeRequest(RequestModel):

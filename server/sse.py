@@ -1,11 +1,7 @@
-"""Server-sent events of one generation.
+"""Server-sent events of one answer.
 
-    id: 0
-    event: token
-    data: {"index":0,"token_id":318,"text":" was"}
-
-`event: done` ends a stream that succeeded, `event: error` one that could not finish. Tokens that
-came together are joined in one write, so a slow reader costs fewer writes, not more memory.
+Tokens that came together are joined in one write, so a slow reader costs fewer writes, not more
+memory.
 
 A response of our own, since those at hand do not fit: Starlette's StreamingResponse and FastAPI's
 EventSourceResponse pass every event through a task and a memory stream; sse-starlette ends streams
@@ -15,31 +11,48 @@ when the server is told to stop (ours drain first) and takes a lock and a cancel
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from typing import Protocol
 
-from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineError
 from engine.frontend.output import TokenDelta
-from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.stream import Piece, Stream
 from server.connection import Disconnected, while_connected
-from server.schemas import DoneEvent, ErrorEvent, TokenEvent
-from server.service import Generation
 
 KEEP_ALIVE = b": waiting\n\n"
 
 
-def token_event(delta: TokenDelta, tokenizer: Tokenizer) -> bytes:
-    """One token as it goes over the wire."""
-    data = TokenEvent.of(delta, tokenizer).model_dump_json(exclude_unset=True)
-    return f"id: {delta.index}\nevent: token\ndata: {data}\n\n".encode()
+class Events(Protocol):
+    """How an answer is written. Empty bytes: nothing is."""
+
+    def begin(self) -> bytes:
+        """Before the first token."""
+
+    def tokens(self, stream: Stream, deltas: Sequence[TokenDelta]) -> bytes:
+        """Tokens of one of its streams."""
+
+    def finish(self, stream: Stream) -> bytes:
+        """One of its streams is complete."""
+
+    def end(self) -> bytes:
+        """All are complete; nothing follows."""
+
+    def error(self, error: EngineError) -> bytes:
+        """It could not finish; nothing follows, and it must not look like end()."""
 
 
-def last_event(name: str, data: BaseModel) -> bytes:
-    """`done` or `error`; without an id, so that the last token's id stays the last."""
-    return f"event: {name}\ndata: {data.model_dump_json()}\n\n".encode()
+class Source(Protocol):
+    """What is streamed: a Generation, which is aborted when left, or a Reader of a session."""
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Piece]]: ...
 
 
 class EventStream(Response):
@@ -47,46 +60,52 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, keep_alive: float) -> None:
-        """keep_alive: seconds of silence after which a comment is sent."""
+    def __init__(
+        self, source: Source, events: Events, keep_alive: float, *, begin: bool = True
+    ) -> None:
+        """source: left when the client goes; keep_alive: seconds of silence after which a comment
+        is sent; begin: this is the answer's beginning."""
         self.status_code = 200
         self.background = None
-        self.init_headers(
-            {
-                "Cache-Control": "no-store",
-                "X-Accel-Buffering": "no",
-                "X-Request-Id": generation.stream.request_id,
-            }
-        )
-        self._generation = generation
-        self._tokenizer = tokenizer
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._source = source
+        self._begin = begin
+        self._events = events
         self._keep_alive = keep_alive
         self._writes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream until the end or until the client goes, which aborts the generation."""
-        async with self._generation:
+        """Stream until the end or until the client goes."""
+        async with self._source:
             with suppress(Disconnected):
                 await while_connected(receive, self._run(send))
 
     async def _run(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         comments = asyncio.create_task(self._comment(send))
+        events = self._events
         try:
-            async for deltas in self._generation:
-                events = b"".join(token_event(delta, self._tokenizer) for delta in deltas)
-                await self._write(send, events)
-            end = last_event("done", DoneEvent.of(self._generation.stream))
+            if self._begin:
+                await self._write(send, events.begin())
+            async for pieces in self._source:
+                parts = []
+                for piece in pieces:
+                    parts.append(events.tokens(piece.stream, piece.deltas))
+                    if piece.ended:
+                        parts.append(events.finish(piece.stream))
+                await self._write(send, b"".join(parts))
+            end = events.end()
         except EngineError as error:
-            end = last_event("error", ErrorEvent(code=error.code, message=str(error)))
+            end = events.error(error)
         finally:
             comments.cancel()
         await self._write(send, end, more=False)
 
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
         """Waits while the client does not read; what is generated meanwhile joins up."""
-        self._writes += 1
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+        if body or not more:
+            self._writes += 1
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _comment(self, send: Send) -> None:
         """Break long silences, so that no proxy takes the stream for dead."""

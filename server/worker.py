@@ -10,17 +10,21 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from engine.errors import Draining, EngineDead
 from engine.frontend.client import AsyncEngine
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
 from server.app import create_app
+from server.chat import ChatTemplate
+from server.logs import configure
 from server.peer import PeerConfig, PeerProcess
 from server.settings import ServerSettings
 
@@ -60,6 +64,7 @@ class HttpWorker:
     def __init__(
         self,
         tokenizer: Tokenizer,
+        chat: ChatTemplate,
         address: str,
         listener: socket.socket,
         settings: ServerSettings,
@@ -74,6 +79,7 @@ class HttpWorker:
         the engine was ready; the status that it died with for good. peers: drained with us.
         """
         self._tokenizer = tokenizer
+        self._chat = chat
         self._address = address
         self._listener = listener
         self._settings = settings
@@ -103,6 +109,7 @@ class HttpWorker:
 
     async def _run(self, on_ready: Callable[[EngineReady], None], parent: int | None) -> bool:
         loop = asyncio.get_running_loop()
+        configure(self._settings.log_format, self._settings.log_level)
         engine = AsyncEngine(
             self._tokenizer,
             self._address,
@@ -114,18 +121,23 @@ class HttpWorker:
             loop.add_signal_handler(signum, self.stop)
         if parent is not None:
             loop.add_reader(parent, self._hear, parent, engine)
-        app = create_app(engine, self._settings, self._exited)
+        app = create_app(
+            engine, self._chat, self._settings, self._exited, _tracing(self._settings.otlp_endpoint)
+        )
         server = Server(
             uvicorn.Config(
                 app,
                 http="httptools",
                 ws="none",
                 lifespan="on",
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=IDLE_SECONDS,
+                ssl_certfile=self._settings.ssl_certfile,
+                ssl_keyfile=self._settings.ssl_keyfile,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
@@ -184,11 +196,23 @@ class HttpWorker:
             await asyncio.sleep(TICK_SECONDS)
 
 
+def _tracing(endpoint: str | None) -> Callable[[ASGIApp], ASGIApp] | None:
+    if endpoint is None:
+        return None
+    # Of the extra `otel`, which the others do without.
+    from server.tracing import Tracing, otlp_provider  # noqa: PLC0415
+
+    return partial(Tracing, provider=otlp_provider(endpoint))
+
+
 def main() -> int:
     """A peer: configuration on standard input, whose end tells it to stop."""
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=PeerConfig)
+    directory = Path(config.model_dir)
+    tokenizer = Tokenizer.from_directory(directory)
     worker = HttpWorker(
-        Tokenizer.from_directory(Path(config.model_dir)),
+        tokenizer,
+        ChatTemplate.from_directory(directory, tokenizer),
         config.address,
         socket.socket(fileno=config.listener),
         config.settings,

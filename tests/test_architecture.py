@@ -14,6 +14,7 @@ ROOMS = ("engine", "server", "weights", "loadtest")
 VOCABULARY = {
     f"engine.{name}" for name in ("checks", "config", "errors", "messages", "request", "scaling")
 }
+GRAMMAR = {"engine.grammar"}
 # importer -> what it may import of ours, beside itself; the longest prefix counts
 ARROWS = {
     "engine": {"engine"},  # its public names, by PEP 562
@@ -23,12 +24,15 @@ ARROWS = {
     "engine.errors": set[str](),
     "engine.request": {"engine.errors", "engine.scaling"},
     "engine.messages": {"engine.request", "engine.scaling"},
-    "engine.core": VOCABULARY | {"engine.execution", "engine.model", "engine.scheduling"},
+    "engine.grammar": {"engine.errors", "engine.request"},
+    "engine.core": VOCABULARY
+    | GRAMMAR
+    | {"engine.frontend.tokenizer", "engine.execution", "engine.model", "engine.scheduling"},
     "engine.llm": VOCABULARY | {"engine.core", "engine.frontend"},
-    "engine.frontend": VOCABULARY,
+    "engine.frontend": VOCABULARY | GRAMMAR,
     "engine.scheduling": VOCABULARY,
     "engine.model": VOCABULARY,
-    "engine.execution": VOCABULARY | {"engine.model"},
+    "engine.execution": VOCABULARY | GRAMMAR | {"engine.model"},
     "server": {"engine"},
     "server.cli": {"engine", "server", "weights", "loadtest"},
     "weights": {"engine"},

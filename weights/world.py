@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +34,7 @@ class World:
             return cls(torch.device(kind))
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
         rank, size = distributed.get_rank(), distributed.get_world_size()
-        # torchrun says by the environment which of a machine's devices is this process's
-        index = int(os.environ["LOCAL_RANK"])
+        index = distributed.get_node_local_rank()
         where = torch.device("cuda", index) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
             torch.cuda.set_device(where)

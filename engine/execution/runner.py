@@ -96,6 +96,8 @@ class ModelRunner:
             return StepResult([])
         token_ids, metadata = self._inputs(step.scheduled)
         sampling = [at for at, item in enumerate(step.scheduled) if item.samples]
+        requests = [step.scheduled[at].request for at in sampling]
+        self._sampler.prepare(requests)
         with torch.inference_mode():
             hidden = self._model(token_ids, self._backend.bind(metadata))
             scores = self._scores(step.scheduled, hidden)
@@ -103,7 +105,6 @@ class ModelRunner:
                 return StepResult([], scores)
             last = metadata.query_start[1:][sampling] - 1
             logits = self._model.logits(hidden[last]).float().cpu()
-            requests = [step.scheduled[at].request for at in sampling]
             return StepResult(self._sampler.sample(logits, requests), scores)
 
     def _scores(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.errors import GrammarFailed
+from engine.execution.masks import GrammarMasks
 from engine.messages import SampledToken, TokenLogprobs
 from engine.request import Request
 
@@ -80,15 +82,29 @@ class Sampler:
     exact (comparison, division, maximum), or done row by row inside (softmax, cumulative sum).
     """
 
-    def __init__(self, vocab_size: int, unused_token_ids: Sequence[int] = ()) -> None:
-        """vocab_size: ids at or above it are never sampled, nor are the unused ones."""
+    def __init__(
+        self,
+        vocab_size: int,
+        unused_token_ids: Sequence[int] = (),
+        masks: GrammarMasks | None = None,
+    ) -> None:
+        """vocab_size: ids at or above it are never sampled, nor are the unused ones. masks: for
+        requests with a grammar, which admission lets in only where there are some."""
         self._vocab_size = vocab_size
+        self._masks = masks
         self._unused = torch.tensor(unused_token_ids, dtype=torch.int64)
         self._counts: dict[str, TokenCounts] = {}
 
     def forget(self, request_id: str) -> None:
         """Drop what was kept for a request."""
         self._counts.pop(request_id, None)
+        if self._masks is not None:
+            self._masks.forget(request_id)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Begin in another thread what sample() will need; called before the network runs."""
+        if self._masks is not None:
+            self._masks.prepare(requests)
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
         """Logits float32 [len(requests), >= vocab_size], overwritten -> one token each.
@@ -98,19 +114,41 @@ class Sampler:
         logits, token_ids = self._checked(logits)
         logprobs = self._model_logprobs(logits, requests)
         for row, request in enumerate(requests):
+            if request.params.logit_bias:
+                _add_biases(logits[row], request.params.logit_bias)
             if _has_penalty(request):
                 self._penalise(logits[row], request)
+        errors = self._obey(logits, requests)
+        for row, request in enumerate(requests):
+            if _changes_logits(request):
                 token_ids[row] = logits[row].argmax()
         random = [row for row, request in enumerate(requests) if not request.params.greedy]
         if random:
             chosen = self._draw(logits[random], [requests[row] for row in random])
             token_ids[random] = chosen
-        return [
-            SampledToken(token_id, self._top(logprobs.get(row), token_id, request))
-            for row, (token_id, request) in enumerate(
-                zip(token_ids.tolist(), requests, strict=True)
-            )
-        ]
+        sampled = []
+        for row, (token_id, request) in enumerate(zip(token_ids.tolist(), requests, strict=True)):
+            top = self._top(logprobs.get(row), token_id, request)
+            ended, error = False, errors.get(row)
+            if self._masks is not None and request.params.grammar is not None and error is None:
+                try:
+                    ended = self._masks.take(request, token_id)
+                except GrammarFailed as fault:
+                    error = str(fault)
+            sampled.append(SampledToken(token_id, top, ended, error))
+        return sampled
+
+    def _obey(self, logits: Tensor, requests: Sequence[Request]) -> dict[int, str]:
+        """Forbid, in place, what the rows' grammars forbid; the rows for which that is impossible,
+        with the reason."""
+        errors = {}
+        for row, request in enumerate(requests):
+            if self._masks is not None and request.params.grammar is not None:
+                try:
+                    self._masks.apply(logits[row], request)
+                except GrammarFailed as fault:
+                    errors[row] = str(fault)
+        return errors
 
     def score(self, logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
         """Logits float32 [len(token_ids), >= vocab_size], overwritten -> what each token has in its
@@ -200,6 +238,12 @@ class Sampler:
         return probabilities.masked_fill_(probabilities < floor, 0.0)
 
 
+def _add_biases(logits: Tensor, biases: Mapping[int, float]) -> None:
+    """Add to one row [vocab_size], in place; a token that cannot be sampled stays so."""
+    ids = torch.tensor(list(biases), dtype=torch.int64)
+    logits[ids] += torch.tensor(list(biases.values()), dtype=torch.float32)
+
+
 def nucleus_threshold(probabilities: Tensor, enough: Tensor) -> Tensor:
     """The least probability [rows, 1] that the likeliest tokens need to reach `enough` [rows].
 
@@ -214,6 +258,12 @@ def nucleus_threshold(probabilities: Tensor, enough: Tensor) -> Tensor:
             break
     last = (mass < enough[:, None]).sum(dim=-1, keepdim=True)
     return ordered.gather(1, last.clamp_(max=count - 1))
+
+
+def _changes_logits(request: Request) -> bool:
+    """Whether the likeliest token may be another one than the model's."""
+    params = request.params
+    return _has_penalty(request) or bool(params.logit_bias) or params.grammar is not None
 
 
 def _has_penalty(request: Request) -> bool:

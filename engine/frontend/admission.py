@@ -10,6 +10,7 @@ import msgspec
 
 from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
+from engine.grammar import check as check_grammar
 from engine.messages import AddRequest, EngineReady
 from engine.request import (
     MAX_INT,
@@ -131,15 +132,16 @@ class Admission:
         prompt: str | list[int],
         params: SamplingParams,
         options: RequestOptions = RequestOptions(),
+        name: str = "prompt",
     ) -> AddRequest:
-        """Settle tokens, seed, limit and end tokens.
+        """Settle tokens, seed, limit and end tokens. name: what errors call the prompt.
 
         Raises InvalidRequest for a prompt that is empty or holds ids that no token has and for a
         rotation that the model cannot have, and ContextOverflow where prompt and output cannot fit
         the context or the whole cache, and `overflow` does not help.
         """
         room = self._room(params.rope)
-        token_ids = self._token_ids(prompt, options.overflow, room)
+        token_ids = self._token_ids(prompt, options.overflow, room, name)
         num_tokens, window, max_tokens = len(token_ids), None, params.max_tokens
         if options.overflow == "truncate":
             token_ids = room.truncated(token_ids, max_tokens)
@@ -154,6 +156,15 @@ class Admission:
                     f"stop_token_ids holds {token_id}; the tokenizer has ids 0 to "
                     f"{len(self.tokenizer) - 1}",
                     "stop_token_ids",
+                )
+        if params.grammar is not None:
+            check_grammar(params.grammar)
+        for token_id in params.logit_bias:
+            if token_id not in self.tokenizer:
+                raise InvalidRequest(
+                    f"logit_bias holds {token_id}; the tokenizer has ids 0 to "
+                    f"{len(self.tokenizer) - 1}",
+                    "logit_bias",
                 )
         if self.engine.eos_token_id is not None and not params.ignore_eos:
             stop_token_ids.add(self.engine.eos_token_id)
@@ -177,6 +188,7 @@ class Admission:
         *,
         first: int = 1,
         top: int = 0,
+        name: str = "text",
         rope: RopeScaling | None = None,
     ) -> AddRequest:
         """A request that ends with the log-probabilities of a text's tokens from `first` on.
@@ -192,18 +204,19 @@ class Admission:
                 "overflow must be error or shift where a text is scored; got 'truncate'", "overflow"
             )
         room = self._room(rope)
-        token_ids = self._token_ids(text, options.overflow, room, "text")
+        token_ids = self._token_ids(text, options.overflow, room, name)
+        field = name.partition("[")[0]
         if not 1 <= first < len(token_ids):
             raise InvalidRequest(
-                f"text must have more tokens than the {max(first, 1)} before the first that is "
+                f"{name} must have more tokens than the {max(first, 1)} before the first that is "
                 f"scored, got {len(token_ids)}",
-                "text",
+                field,
             )
         if options.overflow == "error" and len(token_ids) > room.limit + 1:
             raise ContextOverflow(
-                f"text has {len(token_ids)} tokens; the cache of {room.limit} tokens takes "
+                f"{name} has {len(token_ids)} tokens; the cache of {room.limit} tokens takes "
                 f"{room.limit + 1}",
-                "text",
+                field,
             )
         params = SamplingParams(
             temperature=0, max_tokens=1, ignore_eos=True, logprobs=top, rope=rope
@@ -239,10 +252,11 @@ class Admission:
         return Room(context, engine.block_size, engine.num_blocks)
 
     def _token_ids(
-        self, prompt: str | list[int], overflow: Overflow, room: Room, field: str = "prompt"
+        self, prompt: str | list[int], overflow: Overflow, room: Room, name: str
     ) -> list[int]:
-        """field: `prompt`, or `text` of which the last token is not computed, so that it may have
-        one more."""
+        """name: a `prompt`, or a `text` of which the last token is not computed, so that it may
+        have one more."""
+        field = name.partition("[")[0]
         limit = room.context
         what = "the context"
         if overflow != "error":
@@ -253,24 +267,24 @@ class Admission:
             # Checked before tokenising, which can take long for a text that has no spaces.
             if len(prompt) > limit * self.tokenizer.longest_token:
                 raise ContextOverflow(
-                    f"{field} has {len(prompt)} characters; {what} takes {limit} tokens, which "
+                    f"{name} has {len(prompt)} characters; {what} takes {limit} tokens, which "
                     f"cannot hold more than {limit * self.tokenizer.longest_token}",
                     field,
                 )
             try:
                 prompt = self.tokenizer.encode(prompt)
             except ValueError as error:
-                raise InvalidRequest(f"{field} cannot be tokenised: {error}", field) from error
+                raise InvalidRequest(f"{name} cannot be tokenised: {error}", field) from error
         else:
             for at, token_id in enumerate(prompt):
                 if token_id not in self.tokenizer:
                     raise InvalidRequest(
-                        f"{field}[{at}] is {token_id}; the tokenizer has ids 0 to "
+                        f"{name}[{at}] is {token_id}; the tokenizer has ids 0 to "
                         f"{len(self.tokenizer) - 1}",
                         field,
                     )
         if not prompt:
-            raise InvalidRequest(f"{field} must hold at least one token, got none", field)
+            raise InvalidRequest(f"{name} must hold at least one token, got none", field)
         if len(prompt) > limit:
-            raise ContextOverflow(f"{field} has {len(prompt)} tokens; {what} takes {limit}", field)
+            raise ContextOverflow(f"{name} has {len(prompt)} tokens; {what} takes {limit}", field)
         return prompt

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
 
 import msgspec
 import zmq.asyncio
@@ -17,12 +14,13 @@ from engine.errors import (
     EngineError,
     EngineStartError,
     EngineStarting,
+    InvalidRequest,
     PoisonedRequest,
     QueueFull,
 )
-from engine.frontend.admission import Admission, Usage
+from engine.frontend.admission import Admission
 from engine.frontend.connection import Connection
-from engine.frontend.output import OutputProcessor, TokenDelta
+from engine.frontend.stream import Stream, StreamGroup, StreamState
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import (
     AbortRequest,
@@ -35,115 +33,10 @@ from engine.messages import (
     ToCore,
     TokenLogprobs,
 )
-from engine.request import FinishReason, RequestOptions, SamplingParams
-
-
-@dataclass(slots=True)
-class Timing:
-    """Moments of a request, in seconds after it was submitted; None until they happen."""
-
-    queue: float | None = None
-    first_token: float | None = None
-    total: float | None = None
-
+from engine.request import RequestOptions, SamplingParams, Targets
+from engine.scaling import RopeScaling
 
 logger = logging.getLogger(__name__)
-
-
-class Stream:
-    """The tokens of one request as they come: `async for deltas in stream`.
-
-    Each step of the loop yields every token that came since the last one, so a slow reader gets
-    fewer, larger pieces. After the loop finish_reason, usage and timing are settled, and scores
-    where a text was to be scored. If the engine dies and is not started again, the tokens that came
-    are yielded and then EngineDead is raised. Leaving early must be followed by close(), which
-    frees the request's pages; `async with` does so.
-    """
-
-    def __init__(
-        self, request: AddRequest, tokenizer: Tokenizer, close: Callable[[Stream], None]
-    ) -> None:
-        self.request_id = request.request_id
-        self.prompt_token_ids = request.prompt_token_ids
-        self.seed = request.seed
-        self.scores: list[TokenLogprobs] | None = None
-        self._request = request
-        self.timing = Timing()
-        self._cached_tokens = 0
-        self._token_ids: list[int] = []
-        self._suspect = False
-        self._output = OutputProcessor(tokenizer, request.params, frozenset(request.stop_token_ids))
-        self._submitted = time.monotonic()
-        self._waiting: list[TokenDelta] = []
-        self._news = asyncio.Event()
-        self._error: EngineError | None = None
-        self._close = close
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the output is complete; None while it is not."""
-        return self._output.finish_reason
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        return Usage.of(self._request, self._output.num_tokens, self._cached_tokens)
-
-    def close(self) -> None:
-        """Abort, unless the request has ended."""
-        self._close(self)
-
-    def deliver(self, output: EngineOutput) -> None:
-        """Take a token, or the end without one, from the engine."""
-        now = time.monotonic() - self._submitted
-        if (delta := self._output.process(output)) is not None:
-            self._waiting.append(delta)
-            self._token_ids.append(delta.token_id)
-            self._suspect = False
-            if self.timing.first_token is None:
-                self.timing.first_token = now
-                self.timing.queue = output.queue_seconds
-                self._cached_tokens = output.cached_tokens
-                self.scores = output.scores
-        if self.finish_reason is not None:
-            self.timing.total = now
-        self._news.set()
-
-    def again(self, suspects: Sequence[str]) -> AddRequest:
-        """The request for another engine, which goes on where this stream is."""
-        self._suspect = self._suspect or self.request_id in suspects
-        return msgspec.structs.replace(
-            self._request,
-            output_token_ids=self._token_ids,
-            elapsed_s=time.monotonic() - self._submitted,
-            suspect=self._suspect,
-            targets=None if self._token_ids else self._request.targets,
-        )
-
-    def fail(self, error: EngineError) -> None:
-        """End the stream by an error."""
-        self._error = error
-        self._news.set()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[TokenDelta]:
-        while not self._waiting:
-            if self.finish_reason is not None:
-                raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error
-            self._news.clear()
-            await self._news.wait()
-        deltas, self._waiting = self._waiting, []
-        return deltas
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
 
 
 class AsyncEngine:
@@ -226,9 +119,35 @@ class AsyncEngine:
         options: RequestOptions = RequestOptions(),
     ) -> Stream:
         """Start a request. Raises RequestError, QueueFull or EngineError."""
-        return self._enter(
-            request_id, lambda admission: admission.admit(request_id, prompt, params, options)
-        )
+        return self.submit_all(request_id, [prompt], params, options).streams[0]
+
+    def submit_all(
+        self,
+        request_id: str,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+        num_choices: int = 1,
+        *,
+        name: str = "prompt",
+        score_prompts: bool = False,
+    ) -> StreamGroup:
+        """Start num_choices requests for each prompt; either all of them or none.
+
+        A choice's tokens depend on the seed and its number. Without a seed each prompt draws one.
+        name: what errors call the prompt. score_prompts: from its first token on, a stream's
+        `scores` are the log-probabilities of its prompt's tokens but the first. Raises
+        RequestError, QueueFull or EngineError.
+        """
+
+        def admit(admission: Admission, at: int, called: str) -> list[AddRequest]:
+            first = admission.admit(request_id, prompts[at], params, options, called)
+            if score_prompts and len(first.prompt_token_ids) > 1:
+                targets = Targets(0, first.prompt_token_ids[1:])
+                first = msgspec.structs.replace(first, targets=targets)
+            return [msgspec.structs.replace(first, choice=each) for each in range(num_choices)]
+
+        return self._enter(len(prompts), num_choices, name, admit)
 
     def score(
         self,
@@ -238,38 +157,129 @@ class AsyncEngine:
         *,
         first: int = 1,
         top: int = 0,
+        rope: RopeScaling | None = None,
     ) -> Stream:
-        """Start the scoring of a text; see Admission.admit_score. When the stream has ended,
-        `scores` holds the log-probabilities of the tokens from `first` on.
+        """Start the scoring of a text; see score_all."""
+        group = self.score_all(request_id, [text], options, first=first, top=top, rope=rope)
+        return group.streams[0]
 
-        Raises RequestError, QueueFull or EngineError.
+    def score_all(
+        self,
+        request_id: str,
+        texts: Sequence[str | list[int]],
+        options: RequestOptions = RequestOptions(),
+        *,
+        first: int = 1,
+        top: int = 0,
+        rope: RopeScaling | None = None,
+        name: str = "text",
+    ) -> StreamGroup:
+        """Start the scoring of texts; see Admission.admit_score. When a stream has ended, `scores`
+        holds the log-probabilities of its tokens from `first` on; what it generates means nothing.
+
+        name: what errors call a text. Raises RequestError, QueueFull or EngineError.
         """
-        return self._enter(
-            request_id,
-            lambda admission: admission.admit_score(
-                request_id, text, options, first=first, top=top
-            ),
-        )
 
-    def _enter(self, request_id: str, admit: Callable[[Admission], AddRequest]) -> Stream:
+        def admit(admission: Admission, at: int, called: str) -> list[AddRequest]:
+            return [
+                admission.admit_score(
+                    request_id,
+                    texts[at],
+                    options,
+                    first=first,
+                    top=top,
+                    name=called,
+                    rope=rope,
+                )
+            ]
+
+        return self._enter(len(texts), 1, name, admit)
+
+    def _enter(
+        self,
+        num_prompts: int,
+        num_choices: int,
+        name: str,
+        admit: Callable[[Admission, int, str], list[AddRequest]],
+    ) -> StreamGroup:
+        """Let in all choices of all prompts, or none. admit: the requests of one prompt, by its
+        place and what errors call it."""
         if self._admission is None or self.ready is None:
             raise self.unready or EngineStarting("not started")
         if self._error is not None:
             raise self._error
+        self._check_room(num_prompts, num_choices, name)
+        news = asyncio.Event()
+        group: dict[str, tuple[AddRequest, Stream]] = {}
+        for at in range(num_prompts):
+            called = f"{name}[{at}]" if num_prompts > 1 else name
+            for request in admit(self._admission, at, called):
+                request_id = request.request_id
+                if num_prompts * num_choices > 1:
+                    request_id = f"{request_id}.{at}.{request.choice}"
+                if request_id in self._streams:
+                    raise ValueError(f"request id {request_id} is in use")
+                added = msgspec.structs.replace(request, request_id=request_id)
+                group[request_id] = (
+                    added,
+                    Stream(added, self.tokenizer, self._close_stream, prompt=at, news=news),
+                )
+        for request_id, (added, stream) in group.items():
+            self._streams[request_id] = stream
+            self._send(added)
+        return StreamGroup([stream for _, stream in group.values()], news)
+
+    def _check_room(self, num_prompts: int, num_choices: int, name: str) -> None:
+        """Raises InvalidRequest for more than can ever be taken, QueueFull for more than now."""
+        assert self.ready is not None
         limit = -(-(self.ready.max_num_seqs + self._max_queue) // self._num_workers)
-        if len(self._streams) >= limit:
-            raise QueueFull(
-                f"{len(self._streams)} requests run or wait; the limit is {limit} "
-                f"(max_num_seqs {self.ready.max_num_seqs} + max_queue {self._max_queue}"
-                f"{f', over {self._num_workers} workers' if self._num_workers > 1 else ''})"
+        of = (
+            f"{limit} (max_num_seqs {self.ready.max_num_seqs} + max_queue {self._max_queue}"
+            f"{f', over {self._num_workers} workers' if self._num_workers > 1 else ''})"
+        )
+        count = num_prompts * num_choices
+        if count > limit:
+            raise InvalidRequest(
+                f"{num_prompts} times {name}, with {num_choices} choices each, are {count} "
+                f"sequences; the limit is {of}",
+                "n" if num_choices > 1 else name,
             )
-        if request_id in self._streams:
-            raise ValueError(f"request id {request_id} is in use")
-        request = admit(self._admission)
-        stream = Stream(request, self.tokenizer, self._close_stream)
-        self._streams[request_id] = stream
-        self._send(request)
-        return stream
+        if len(self._streams) + count > limit:
+            raise QueueFull(
+                f"{len(self._streams)} requests run or wait"
+                f"{f' and {count} more are asked for' if count > 1 else ''}; the limit is {of}"
+            )
+
+    def pause(self, group: StreamGroup) -> None:
+        """Free the pages of a group for now; its streams keep what they have."""
+        group.close()
+
+    def resume(self, group: StreamGroup, request_id: str) -> None:
+        """Go on with a group that was paused, under another name, either all of it or nothing.
+
+        Raises QueueFull or EngineError.
+        """
+        if self.ready is None or self._error is not None:
+            raise self.unready or EngineStarting("not started")
+        streams = [stream for stream in group.streams if stream.finish_reason is None]
+        self._check_room(len(streams), 1, "prompt")
+        for number, stream in enumerate(streams):
+            request = stream.renew(f"{request_id}.{number}")
+            self._streams[stream.request_id] = stream
+            self._send(request)
+
+    def restore(
+        self,
+        states: Sequence[StreamState],
+        tokens: Sequence[Sequence[tuple[int, TokenLogprobs | None]]],
+    ) -> StreamGroup:
+        """A paused group that another process had. tokens: of each stream, as it had come."""
+        news = asyncio.Event()
+        streams = [
+            Stream.restored(state, some, self.tokenizer, self._close_stream, news)
+            for state, some in zip(states, tokens, strict=True)
+        ]
+        return StreamGroup(streams, news)
 
     async def close(self) -> None:
         """Hang up. Open streams fail."""
@@ -345,9 +355,9 @@ class AsyncEngine:
         if stream is None:  # aborted while this output was under way
             return
         stream.deliver(output)
-        if stream.finish_reason is not None:
+        if stream.finish_reason is not None or output.error is not None:
             del self._streams[output.request_id]
-            if output.finish_reason is None:  # a stop string, which only this side knows of
+            if not output.last:  # a stop string, which only this side knows of
                 self._send(AbortRequest(output.request_id))
 
     def _ended(self, task: asyncio.Task[None]) -> None:

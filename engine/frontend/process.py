@@ -66,6 +66,11 @@ class EngineProcess:
         self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
         self._process.stdin.flush()
 
+    @property
+    def folder(self) -> Path:
+        """A folder of the processes that belong together, gone when they end."""
+        return Path(self._folder.name)
+
     def exit_status(self) -> int | None:
         """The exit status, None while the process lives."""
         return None if self._process is None else self._process.poll()

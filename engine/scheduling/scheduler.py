@@ -167,13 +167,20 @@ class Scheduler:
             token = next(tokens)
             self._acquit(request)
             index = request.num_output_tokens
+            if token.error is not None:
+                self._scores.pop(request.request_id, None)
+                self._forget(request)
+                outputs.append(
+                    EngineOutput(request.request_id, index, None, None, error=token.error)
+                )
+                continue
             request.token_ids.append(token.token_id)
             self._output_tokens += 1
             queue_seconds = None
             if index == 0 and request.scheduled is not None:
                 self._prompt_tokens += request.num_prompt_tokens
                 queue_seconds = request.scheduled - request.arrival
-            if token.token_id in request.stop_token_ids:
+            if token.token_id in request.stop_token_ids or token.ended:
                 request.finish_reason = FinishReason.STOP
             elif request.num_output_tokens >= request.max_tokens:
                 request.finish_reason = FinishReason.LENGTH

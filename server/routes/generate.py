@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 
-from engine.frontend.tokenizer import Tokenizer
-from server.connection import Disconnected, while_connected
+from server.answers import GenerateManyResponse, GenerateResponse, answer
+from server.collect import CLIENT_CLOSED_REQUEST, collect, json_response
 from server.content import require_json
 from server.errors import DOCUMENTED
-from server.schemas import GenerateRequest, GenerateResponse
-from server.service import Generation, ServiceDep
-from server.sse import EventStream
-
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that has gone; nobody reads it."""
+from server.events import GenerateEvents
+from server.schemas import ErrorBody, GenerateRequest, prompts_of
+from server.service import CallerDep, ServiceDep
+from server.session import LAST_EVENT_ID, Session
+from server.sessions import Sessions
+from server.sse import EventStream, Source
 
 SUCCESS: dict[int | str, dict[str, Any]] = {
     200: {
-        "model": GenerateResponse,
+        "model": GenerateResponse | GenerateManyResponse,
         "description": "Server-sent events, or one JSON body where `stream` is false. Events: "
-        "`token` with `id:` the token's index; then `done`, or `error` if it could not finish.",
+        "`token` with `id:` the token's index (`prompt.choice.index` where there are several, and "
+        "`finish` after each); then `done`, or `error` if it could not finish.",
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
@@ -31,6 +32,23 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
     }
 }
 
+RESUMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The events after the last one that was seen, and those that follow.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    404: {"model": ErrorBody, "description": "No stream of this id and key can be resumed."},
+    **{status: DOCUMENTED[status] for status in (400, 401, 422, 429, 503)},
+}
+
+
+async def _sessions(request: Request) -> Sessions:
+    sessions = request.app.state.sessions
+    assert isinstance(sessions, Sessions)
+    return sessions
+
+
+SessionsDep = Annotated[Sessions, Depends(_sessions)]
 router = APIRouter(tags=["generate"])
 
 
@@ -41,25 +59,54 @@ router = APIRouter(tags=["generate"])
     responses=SUCCESS | DOCUMENTED,
     dependencies=[Depends(require_json)],
 )
-async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
-    """Stream the tokens that follow a prompt; leaving early aborts the request."""
-    generation = service.generate(body.prompt, body.to_params(), body.to_options())
+async def generate(
+    body: GenerateRequest,
+    request: Request,
+    service: ServiceDep,
+    caller: CallerDep,
+    sessions: SessionsDep,
+) -> Response:
+    """Stream the tokens that follow a prompt; leaving early aborts the request, or with
+    `--resume-window` only pauses it."""
+    resumable = body.stream and service.settings.resume_window > 0
+    if resumable:
+        sessions.check_free(caller)
+    generation = service.generate(
+        prompts_of(body.prompt),
+        body.to_params(),
+        body.to_options(),
+        body.num_choices(),
+        caller=caller,
+    )
     tokenizer = service.engine.tokenizer
     if body.stream:
-        return EventStream(generation, tokenizer, service.settings.keep_alive_seconds)
-    async with generation:
-        try:
-            answer = await while_connected(request.receive, _collect(generation, tokenizer))
-        except Disconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(
-        answer.model_dump_json(exclude_unset=True),
-        headers={"X-Request-Id": answer.request_id, "Cache-Control": "no-store"},
-        media_type="application/json",
-    )
+        events = GenerateEvents(generation.streams, tokenizer, echo=body.echo)
+        source: Source = generation
+        if resumable:
+            source = sessions.open(caller, Session(service.engine, generation, echo=body.echo))
+        return EventStream(source, events, service.settings.keep_alive_seconds)
+    outputs = await collect(generation, request)
+    if outputs is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return json_response(answer(caller.request_id, outputs, tokenizer, echo=body.echo))
 
 
-async def _collect(generation: Generation, tokenizer: Tokenizer) -> GenerateResponse:
-    """The whole output. Raises EngineError."""
-    deltas = [delta async for some in generation for delta in some]
-    return GenerateResponse.of(generation.stream, deltas, tokenizer)
+@router.get(
+    "/generate/{request_id}",
+    summary="Go on with a stream",
+    response_class=Response,
+    responses=RESUMED,
+)
+async def resume(
+    request_id: str,
+    service: ServiceDep,
+    caller: CallerDep,
+    sessions: SessionsDep,
+    last_event_id: Annotated[str | None, Header(alias=LAST_EVENT_ID)] = None,
+) -> Response:
+    """Where `--resume-window` keeps the streams of lost clients: what came after an event, and
+    what follows. `request_id` is the X-Request-Id of the stream's own answer."""
+    session, reader = await sessions.resume(caller, request_id, last_event_id)
+    events = GenerateEvents(session.generation.streams, service.engine.tokenizer, echo=session.echo)
+    keep_alive = service.settings.keep_alive_seconds
+    return EventStream(reader, events, keep_alive, begin=last_event_id is None)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from starlette.types import ASGIApp
 
 from engine.frontend.client import AsyncEngine
 from server.app import create_app
+from server.chat import ChatTemplate
 from server.service import Service
 from server.settings import ServerSettings
 from server.worker import Server
@@ -68,12 +70,18 @@ class Served:
 
 
 @asynccontextmanager
-async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Served]:
+async def running(
+    directory: Path,
+    settings: ServerSettings,
+    tracing: Callable[[ASGIApp], ASGIApp] | None = None,
+) -> AsyncIterator[Served]:
     """uvicorn in this loop; the engine is bound but says nothing yet."""
     fake = FakeEngine(directory)
     fake.bind()
-    engine = AsyncEngine(byte_tokenizer(), fake.address, max_queue=settings.max_queue)
-    app = create_app(engine, settings, lambda: fake.exit_status)
+    tokenizer = byte_tokenizer()
+    engine = AsyncEngine(tokenizer, fake.address, max_queue=settings.max_queue)
+    chat = ChatTemplate.from_directory(directory, tokenizer)
+    app = create_app(engine, chat, settings, lambda: fake.exit_status, tracing)
     listener = socket.create_server(("127.0.0.1", 0))
     # Small buffers in the kernel, so that a reader is slow after kilobytes and not megabytes.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
@@ -121,3 +129,12 @@ def parse_events(text: str) -> list[Event]:
         if "" not in fields:
             events.append(Event(fields.get("id"), fields.get("event"), json.loads(fields["data"])))
     return events
+
+
+@pytest.fixture(scope="module")
+async def large(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """One server for many tests, with the usual limit on bodies."""
+    settings = replace(SETTINGS, max_body_bytes=1 << 20)
+    async with running(tmp_path_factory.mktemp("large"), settings) as served:
+        await served.until_ready()
+        yield served

@@ -95,9 +95,13 @@ class FakeEngine:
 
     async def expect(self, kind: type[M], timeout: float = 2.0) -> M:
         """The next message, which must be of a kind."""
-        message = await asyncio.wait_for(self._inbox.get(), timeout)
+        message = await self.next(timeout)
         assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
         return message
+
+    async def next(self, timeout: float) -> ToCore:
+        """The next message."""
+        return await asyncio.wait_for(self._inbox.get(), timeout)
 
     @property
     def quiet(self) -> bool:

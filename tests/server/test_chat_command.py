@@ -128,6 +128,7 @@ class Terminal:
 @contextmanager
 def terminal(directory: Path, *options: str) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
+    os.set_blocking(theirs, True)
     process = subprocess.Popen(
         [*COMMAND, "--model", str(directory), *OPTIONS, *options],
         stdin=theirs,

@@ -37,9 +37,21 @@ INVALID: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"max_tokens": 1}, "prompt", ["required"]),
     ({"prompt": ""}, "prompt", ["at least one token"]),
     ({"prompt": []}, "prompt", ["at least one token"]),
-    ({"prompt": 7}, "prompt", ["text or a list of token ids", "7"]),
-    ({"prompt": ["a"]}, "prompt", ["text or a list of token ids"]),
-    ({"prompt": [1, True]}, "prompt", ["text or a list of token ids"]),
+    ({"prompt": 7}, "prompt", ["a text, a list of token ids", "7"]),
+    ({"prompt": ["a", 1]}, "prompt", ["a text, a list of token ids"]),
+    ({"prompt": ["a", ""]}, "prompt", ["prompt[1]", "at least one token"]),
+    ({"prompt": ["a", [1, 257]]}, "prompt", ["prompt[1][1]", "257", "256"]),
+    ({"prompt": ["a", "b"], "n": 2}, "n", ["4 sequences", "limit is 3"]),
+    ({"prompt": ["a"] * 4}, "prompt", ["4 sequences", "limit is 3"]),
+    ({"prompt": "a", "n": 0}, "n", ["at least 1", "got 0"]),
+    ({"prompt": "a", "n": 129}, "n", ["at most 128", "129"]),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", ["token ids as keys"]),
+    ({"prompt": "a", "logit_bias": [1]}, "logit_bias", ["map token ids"]),
+    ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", ["logit_bias[1]", "100", "101"]),
+    ({"prompt": "a", "logit_bias": {"1": "x"}}, "logit_bias[1]", ["number", '"x"']),
+    ({"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias", ["257", "0 to 256"]),
+    ({"prompt": "a", "cache_salt": "x" * 257}, "cache_salt", ["256", "257"]),
+    ({"prompt": [1, True]}, "prompt", ["a text, a list of token ids"]),
     ({"prompt": [1, 257]}, "prompt", ["prompt[1]", "257", "256"]),
     ({"prompt": [-1]}, "prompt", ["prompt[0]", "-1"]),
     ({"prompt": "a", "temprature": 1}, "temprature", ["temprature", "not a field"]),
@@ -70,6 +82,12 @@ INVALID: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"prompt": "a", "stop_token_ids": [10**30]}, "stop_token_ids", ["at most"]),
     ({"prompt": "a", "stream": "yes"}, "stream", ["boolean", '"yes"']),
     ({"prompt": "a", "stream": 1}, "stream", ["boolean", "1"]),
+    ({"prompt": "a", "regex": "(a"}, "regex", ["regex", "unclosed"]),
+    ({"prompt": "a", "choice": []}, "choice", ["not empty"]),
+    ({"prompt": "a", "choice": ["a"], "regex": "b"}, "choice", ["regex and choice", "together"]),
+    ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", ["goes with"]),
+    ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type", ["xml"]),
+    ({"prompt": "a", "regex": "a", "ignore_eos": True}, "ignore_eos", ["regex"]),
     ({"prompt": "a", "ignore_eos": 0}, "ignore_eos", ["boolean"]),
 ]
 
@@ -166,13 +184,14 @@ async def test_a_full_queue(served: Served) -> None:
 async def test_a_bug_is_a_500_in_the_same_shape(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret")
 
     monkeypatch.setattr(served.service, "generate", broken)
     response = await served.http.post("/generate", json={"prompt": "a"})
     check(response, 500, "internal_error", None)
     assert "secret" not in response.text
+    assert len(response.headers["x-request-id"]) == 32
     assert "secret" in caplog.text
 
 
@@ -193,7 +212,7 @@ async def test_the_documents(served: Served) -> None:
     assert (await served.http.get("/docs")).status_code == 200
     document = (await served.http.get("/openapi.json")).json()
     answers = document["paths"]["/generate"]["post"]["responses"]
-    assert {"200", "400", "413", "415", "422", "429", "500", "503"} == set(answers)
+    assert {"200", "400", "401", "409", "413", "415", "422", "429", "500", "503"} == set(answers)
     assert set(answers["200"]["content"]) == {"text/event-stream", "application/json"}
     for status in answers.keys() - {"200"}:
         schema = answers[status]["content"]["application/json"]["schema"]

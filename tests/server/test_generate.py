@@ -7,10 +7,12 @@ import asyncio
 import pytest
 
 from engine.messages import AddRequest, EngineOutput, TokenLogprobs
-from engine.request import FinishReason
+from engine.request import FinishReason, RequestOptions
 from engine.scaling import RopeScaling
 from tests.server.conftest import Served, parse_events
 from tests.server.fake_engine import EOS
+
+OPTIONS = RequestOptions.__struct_fields__
 
 
 async def test_events_are_those_of_the_contract(served: Served) -> None:
@@ -20,7 +22,7 @@ async def test_events_are_those_of_the_contract(served: Served) -> None:
         assert response.headers["cache-control"] == "no-store"
         assert response.headers["x-accel-buffering"] == "no"
         request = await served.fake.expect(AddRequest)
-        assert response.headers["x-request-id"] == request.request_id
+        assert len(response.headers["x-request-id"]) == 32
         assert request.prompt_token_ids == list(b"ab")
         await served.fake.say(request, b"hi", end=FinishReason.LENGTH)
         body = "".join([part async for part in response.aiter_text()])
@@ -40,7 +42,10 @@ async def test_events_are_those_of_the_contract(served: Served) -> None:
     }
     timing = done.data["timing"]
     assert timing["queue_s"] == 0.25
+    assert timing["prefill_s"] == max(0, timing["first_token_s"] - 0.25)
     assert 0 < timing["first_token_s"] <= timing["total_s"] < 5
+    between = timing["total_s"] - timing["first_token_s"]
+    assert timing["per_token_s"] == pytest.approx(between, abs=2e-6)
 
 
 async def test_json_has_the_same_content(served: Served) -> None:
@@ -53,7 +58,7 @@ async def test_json_has_the_same_content(served: Served) -> None:
     answer = response.json()
     assert answer.pop("timing")["queue_s"] == 0.25
     assert answer == {
-        "request_id": request.request_id,
+        "request_id": response.headers["x-request-id"],
         "text": "hi",
         "token_ids": [*b"hi", EOS],
         "finish_reason": "stop",
@@ -65,7 +70,6 @@ async def test_json_has_the_same_content(served: Served) -> None:
             "dropped_tokens": 0,
         },
     }
-    assert response.headers["x-request-id"] == request.request_id
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -110,13 +114,16 @@ async def test_every_sampling_field_arrives(served: Served) -> None:
         "priority": -3,
         "timeout_s": 2.5,
         "overflow": "truncate",
+        "cache_salt": "mine",
     }
-    async with served.http.stream("POST", "/generate", json={"prompt": "a", "stop": "x", **fields}):
+    body = {"prompt": "a", "stop": "x", "logit_bias": {"7": -100, "8": 1.5}, **fields}
+    async with served.http.stream("POST", "/generate", json=body):
         request = await served.fake.expect(AddRequest)
+    assert request.params.logit_bias == {7: -100, 8: 1.5}
     assert request.params.stop == ("x",)
     assert request.seed == 2**64 - 1
     for name, value in fields.items():
-        owner = request.options if name in ("priority", "timeout_s", "overflow") else request.params
+        owner = request.options if name in OPTIONS else request.params
         assert getattr(owner, name) == (tuple(value) if name == "stop_token_ids" else value)
 
 
@@ -169,6 +176,77 @@ async def test_a_timeout_is_a_finish_reason(served: Served, stream: bool) -> Non
     assert answer["finish_reason"] == "timeout"
     assert answer["usage"]["completion_tokens"] == 1
     assert 'outcome="timeout"} 1.0' in (await served.http.get("/metrics")).text
+
+
+async def test_several_prompts_and_choices(served: Served) -> None:
+    """Three streams of one answer: two choices of the first prompt would be 4, so n is 1 here."""
+    body = {"prompt": ["ab", [7]], "echo": True}
+    async with served.http.stream("POST", "/generate", json=body) as response:
+        first = await served.fake.expect(AddRequest)
+        second = await served.fake.expect(AddRequest)
+        assert [first.prompt_token_ids, second.prompt_token_ids] == [[*b"ab"], [7]]
+        await served.fake.say(second, b"x", end=FinishReason.LENGTH)
+        await served.fake.say(first, b"yz", end=FinishReason.LENGTH)
+        events = parse_events((await response.aread()).decode())
+    prompts, rest = events[:2], events[2:]
+    assert [event.data for event in prompts] == [
+        {"token_ids": [*b"ab"], "text": "ab", "prompt": 0},
+        {"token_ids": [7], "text": "\x07", "prompt": 1},
+    ]
+    tokens = [event for event in rest if event.event == "token"]
+    assert {event.id for event in tokens} == {"1.0.0", "0.0.0", "0.0.1"}
+    assert [e.data["text"] for e in tokens if e.data["prompt"] == 0] == ["y", "z"]
+    assert all(event.data["choice"] == 0 for event in tokens)
+    finishes = [event.data for event in rest if event.event == "finish"]
+    assert {(each["prompt"], each["choice"]) for each in finishes} == {(0, 0), (1, 0)}
+    assert rest[-1].event == "done"
+    assert rest[-1].data["usage"]["prompt_tokens"] == 3
+    assert rest[-1].data["usage"]["completion_tokens"] == 3
+
+
+async def test_choices_share_a_seed_and_differ_by_number(served: Served) -> None:
+    body = {"prompt": "ab", "n": 3, "stream": False, "echo": True}
+    asking = asyncio.create_task(served.http.post("/generate", json=body))
+    requests = [await served.fake.expect(AddRequest) for _ in range(3)]
+    assert [request.choice for request in requests] == [0, 1, 2]
+    assert len({request.seed for request in requests}) == 1
+    for request in reversed(requests):
+        await served.fake.say(request, b"xyz"[request.choice :], end=FinishReason.LENGTH)
+    answer = (await asking).json()
+    assert [each["text"] for each in answer["choices"]] == ["abxyz", "abyz", "abz"]
+    assert [each["choice"] for each in answer["choices"]] == [0, 1, 2]
+    assert answer["choices"][0]["prompt_token_ids"] == [*b"ab"]
+    assert answer["usage"]["prompt_tokens"] == 2
+    assert answer["usage"]["completion_tokens"] == 6
+
+
+async def test_equal_prompts_without_a_seed_draw_one_each(served: Served) -> None:
+    async with served.http.stream("POST", "/generate", json={"prompt": ["a", "a"]}):
+        first = await served.fake.expect(AddRequest)
+        second = await served.fake.expect(AddRequest)
+    assert first.seed != second.seed
+
+
+async def test_one_stream_that_fails_fails_the_answer(served: Served) -> None:
+    async with served.http.stream("POST", "/generate", json={"prompt": "a", "n": 2}) as response:
+        first = await served.fake.expect(AddRequest)
+        await served.fake.expect(AddRequest)
+        await served.fake.say(first, b"x", end=FinishReason.LENGTH)
+        await served.fake.die()
+        events = parse_events((await response.aread()).decode())
+    assert [event.event for event in events] == ["token", "finish", "error"]
+
+
+async def test_request_ids(served: Served) -> None:
+    for given in ("abc-1", "x" * 128):
+        response = await served.http.get("/health", headers={"X-Request-Id": given})
+        assert response.headers["x-request-id"] == given
+    for given in ("", "a b", "é", "x" * 129, '"'):
+        response = await served.http.get("/health", headers={"X-Request-Id": given.encode()})
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "invalid_request_id"
+    missing = await served.http.get("/nowhere")
+    assert len(missing.headers["x-request-id"]) == 32
 
 
 async def test_a_rotation_reaches_the_engine_and_stretches_the_context(served: Served) -> None:

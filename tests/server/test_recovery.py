@@ -15,8 +15,8 @@ import pytest
 from engine import AsyncEngine, SamplingParams
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import EngineDead, EngineStarting, PoisonedRequest
-from engine.frontend.client import Stream
 from engine.frontend.process import EngineProcess, Supervisor
+from engine.frontend.stream import Stream
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AbortRequest, AddRequest, EngineOutput, Hello
 from engine.request import FinishReason

@@ -13,12 +13,14 @@ from engine.scaling import UNSCALED, RopeScaling
 from server.schemas import GenerateRequest
 
 SCHEMA = GenerateRequest.model_json_schema()["properties"]
-OPTIONS = [name for name in RequestOptions.__struct_fields__ if name != "cache_salt"]
-FIELDS = [*SamplingParams.__struct_fields__, *OPTIONS]
+OPTIONS = [*RequestOptions.__struct_fields__]
+GRAMMARS = {"response_format", "regex", "choice"}
+PARAMS = [name for name in SamplingParams.__struct_fields__ if name != "grammar"]
+FIELDS = [*PARAMS, *OPTIONS]
 
 
 def test_the_body_has_every_field_and_default() -> None:
-    assert set(SCHEMA) == {"prompt", "stream", *FIELDS}
+    assert set(SCHEMA) == {"prompt", "stream", "echo", "n", *GRAMMARS, *FIELDS}
     assert GenerateRequest(prompt="a").to_params() == SamplingParams()
     assert GenerateRequest(prompt="a").to_options() == RequestOptions()
     nulls = {"stop": None, "seed": None, "max_tokens": None, "logprobs": None}
@@ -54,5 +56,5 @@ def test_documented_bounds_are_the_enforced_ones(name: str) -> None:
 
 
 def test_numeric_fields_document_their_bounds() -> None:
-    free = {"stop", "stop_token_ids", "ignore_eos", "overflow", "rope"}
+    free = {"stop", "stop_token_ids", "ignore_eos", "overflow", "logit_bias", "cache_salt", "rope"}
     assert {name for name in FIELDS if "maximum" not in SCHEMA[name]} == free

@@ -157,6 +157,38 @@ async def test_32_streams_at_once_say_what_each_says_alone(server: Server) -> No
         assert "".join(event.data["text"] for event in tokens) == expected["text"]
 
 
+async def test_a_score_is_what_was_said_when_it_was_generated(server: Server) -> None:
+    """Generated tokens, the score of the same text, and the echo of OpenAI's completions."""
+    async with server.client() as client:
+        body = {"prompt": "the a", "max_tokens": 20, "logprobs": 0, "stream": False, "echo": True}
+        said = (await client.post("/generate", json=body | {"ignore_eos": True, "seed": 3})).json()
+        text = said["prompt_token_ids"] + said["token_ids"]
+        first = len(said["prompt_token_ids"])
+        score = (await client.post("/v1/score", json={"text": text, "first": first})).json()
+        models = (await client.get("/v1/models")).json()
+        body = {"model": models["data"][0]["id"], "prompt": text, "echo": True, "max_tokens": 0}
+        echo = (await client.post("/v1/completions", json=body | {"logprobs": 0})).json()
+    assert said["text"].startswith("the a")
+    expected = [token["logprob"] for token in said["logprobs"]]
+    assert [token["logprob"] for token in score["scores"][0]["logprobs"]] == expected
+    assert echo["choices"][0]["logprobs"]["token_logprobs"][first:] == expected
+
+
+async def test_choices_differ_and_bias_decides(server: Server) -> None:
+    async with server.client() as client:
+        body = {"prompt": "the a", "max_tokens": 8, "n": 3, "seed": 1, "stream": False}
+        first = (await client.post("/generate", json=body)).json()["choices"]
+        again = (await client.post("/generate", json=body)).json()["choices"]
+        alone = (await client.post("/generate", json=body | {"n": 1})).json()
+        body = {"prompt": "the a", "max_tokens": 4, "logit_bias": {"65": 100}, "stream": False}
+        biased = (await client.post("/generate", json=body | {"temperature": 0})).json()
+    tokens = [choice["token_ids"] for choice in first]
+    assert len({tuple(each) for each in tokens}) == 3
+    assert [choice["token_ids"] for choice in again] == tokens
+    assert alone["token_ids"] == tokens[0]
+    assert biased["text"] == "AAAA"
+
+
 async def test_a_client_that_goes_frees_its_pages(server: Server) -> None:
     async with server.client() as client:
         before = await gauge(client, "generation_tokens_total")
@@ -277,3 +309,21 @@ def test_generate_names_the_limit(tiny_model_dir: Path) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("error: prompt (")
     assert "192" in result.stderr
+
+
+async def test_structured_output_through_openais_fields(server: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    async with server.client() as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        chat = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
+        answer = (
+            await client.post("/v1/chat/completions", json=chat | {"response_format": form})
+        ).json()
+        assert json.loads(answer["choices"][0]["message"]["content"])["a"] in (1, 2)
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        body = {"prompt": "the a", "choice": ["yes", "no"]}
+        *tokens, done = await stream(client, body)
+        assert "".join(event.data["text"] for event in tokens) in ("yes", "no")
+        assert done.data["finish_reason"] == "stop"

@@ -31,7 +31,9 @@ class KVCache:
     values[layer] [num_blocks, num_heads, block_size, head_dim]
 
     A key is stored rotated by its offset inside its page, and by nothing else. Pages begin as
-    zeros, so a slot that was never written holds a finite number.
+    zeros, so a slot that was never written holds a finite number. In the memory of a GPU the
+    dimensions of a key lie side by side, as tensor cores want them: there, keys are transposed
+    views.
     """
 
     keys: tuple[Tensor, ...]
@@ -45,15 +47,24 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        dimensions_last: bool | None = None,
     ) -> KVCache:
-        """Zeroed pages; on a CPU the system gives their memory only when it is first written."""
-        key_shape = (num_blocks, config.num_heads, config.head_dim, block_size)
-        value_shape = (num_blocks, config.num_heads, block_size, config.head_dim)
+        """Zeroed pages; on a CPU the system gives their memory only when it is first written.
+
+        dimensions_last: whether a key's dimensions lie side by side; None: where the device is no
+        CPU.
+        """
+        if dimensions_last is None:
+            dimensions_last = torch.device(device).type != "cpu"
+        shape = (num_blocks, config.num_heads, block_size, config.head_dim)
+        transposed = (*shape[:2], shape[3], shape[2])
+
+        def zeros(shape: tuple[int, ...]) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         layers = range(config.num_layers)
-        return cls(
-            keys=tuple(torch.zeros(key_shape, dtype=dtype, device=device) for _ in layers),
-            values=tuple(torch.zeros(value_shape, dtype=dtype, device=device) for _ in layers),
-        )
+        keys = (zeros(shape).mT if dimensions_last else zeros(transposed) for _ in layers)
+        return cls(keys=tuple(keys), values=tuple(zeros(shape) for _ in layers))
 
     @property
     def block_size(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import cast
+
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.model.attention.base import AttentionBackend, KVCache
@@ -19,7 +22,15 @@ def select_backend(
     Its name is a line for people: "cpu-avx512", or "torch (why not the kernel)".
     """
     obstacle = "the compiled kernel is for the CPU"
-    if cache.keys[0].device.type == "cpu":
+    device = cache.keys[0].device.type
+    if device == "cuda":
+        try:
+            # Triton is there where PyTorch was built for CUDA, and is not loaded elsewhere.
+            module = import_module("engine.model.attention.triton")
+            return cast(AttentionBackend, module.TritonBackend.probed(config, profiles, cache))
+        except (ImportError, ConfigError) as error:
+            obstacle = str(error)
+    if device == "cpu":
         try:
             return CPUBackend(config, profiles, cache)
         except (KernelUnavailableError, ConfigError) as error:

@@ -86,10 +86,17 @@ class Sequences:
     def num_blocks(self) -> int:
         return sum(map(len, self.tables)) + 2
 
-    def build(self, make: MakeBackend, stale: float = 0.0) -> AttentionBackend:
+    def build(
+        self, make: MakeBackend, stale: float = 0.0, dimensions_last: bool = False
+    ) -> AttentionBackend:
         """A backend over a cache filled with a value."""
-        dtype = self.qkv[0].dtype
-        cache = KVCache.allocate(self.config, self.num_blocks, self.block_size, dtype)
+        cache = KVCache.allocate(
+            self.config,
+            self.num_blocks,
+            self.block_size,
+            self.qkv[0].dtype,
+            dimensions_last=dimensions_last,
+        )
         for pages in (*cache.keys, *cache.values):
             pages.fill_(stale)
         tables = ProfileTables(

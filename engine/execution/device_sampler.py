@@ -1,0 +1,87 @@
+"""Sampling on CUDA, without the host: it can be captured in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.execution.kernels import sampling as kernels
+
+BLOCK = 4096
+"""Logits that a program reads at once."""
+
+
+@dataclass(frozen=True)
+class SamplingTensors:
+    """What the tokens of rows depend on, on the device, each [num_rows].
+
+    temperature float32 (0: greedy), top_k int32 (0: all), top_p float64, min_p float32; seed
+    int64, the bits of the unsigned one; index int32, the stream index of the token; choice int32.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    index: Tensor
+    choice: Tensor
+
+    @classmethod
+    def greedy(cls, num_rows: int, device: torch.device | str) -> SamplingTensors:
+        """Rows that take the likeliest token."""
+
+        def full(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((num_rows,), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature=full(0.0, torch.float32),
+            top_k=full(0, torch.int32),
+            top_p=full(1.0, torch.float64),
+            min_p=full(0.0, torch.float32),
+            seed=full(0, torch.int64),
+            index=full(0, torch.int32),
+            choice=full(0, torch.int32),
+        )
+
+
+class DeviceSampler:
+    """Temperature, top-k, top-p, min-p and one stream of random numbers for each row.
+
+    Penalties and log-probabilities stay with `Sampler`, on the host.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        unused_token_ids: Sequence[int] = (),
+        device: torch.device | str = "cuda",
+    ) -> None:
+        """vocab_size: ids at or above it are never sampled, nor are the unused ones."""
+        self.vocab_size = vocab_size
+        self._allowed = torch.ones(vocab_size, dtype=torch.int8, device=device)
+        self._allowed[list(unused_token_ids)] = 0
+
+    def sample(self, logits: Tensor, params: SamplingTensors, tokens: Tensor) -> None:
+        """Logits [num_rows, >= vocab_size] -> tokens int32 [num_rows], written in place; -1 where a
+        row's logits are NaN or infinite: no token would be right."""
+        kernels.sample[(len(logits),)](
+            logits,
+            self._allowed,
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            params.seed,
+            params.index,
+            params.choice,
+            tokens,
+            logits.stride(0),
+            vocab_size=self.vocab_size,
+            block=min(BLOCK, 1 << (self.vocab_size - 1).bit_length()),
+            num_warps=8,
+            enable_fp_fusion=False,
+        )

@@ -1,0 +1,1 @@
+"""Triton kernels. Importing one of its modules imports Triton; only CUDA does."""

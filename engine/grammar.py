@@ -1,0 +1,124 @@
+"""Grammars that an output must obey, by llguidance (the extra `grammar`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from engine.errors import GrammarFailed, InvalidRequest
+from engine.request import Grammar
+
+try:
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+except ModuleNotFoundError:
+    INSTALLED = False
+else:
+    INSTALLED = True
+
+FIELDS = {"json_schema": "response_format", "regex": "regex", "choice": "choice"}
+"""What requests call each kind of grammar."""
+
+
+def check(grammar: Grammar) -> None:
+    """Raises InvalidRequest where no output could obey it, or llguidance is not installed."""
+    field = FIELDS[grammar.kind]
+    if not INSTALLED:
+        raise InvalidRequest(
+            f"{field} needs llguidance, which this server lacks: pip install 'ropeway[grammar]'",
+            field,
+        )
+    try:
+        fault = LLMatcher.validate_grammar(_source(grammar))
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        said = " ".join(fault.split())
+        raise InvalidRequest(f"{field} cannot be obeyed: {said}", field)
+
+
+def _source(grammar: Grammar) -> str:
+    """As llguidance reads it. Raises ValueError."""
+    if grammar.kind == "json_schema":
+        # Small models would fill a line with spaces, where any number of them may stand.
+        return LLMatcher.grammar_from_json_schema(
+            grammar.text, overrides={"whitespace_flexible": False}
+        )
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.text)
+    texts = json.loads(grammar.text)
+    return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(json.dumps, texts))}")
+
+
+class Vocabulary:
+    """The tokens of a model, as llguidance needs them. Built once: it takes some tenths of a
+    second for 50,000 tokens."""
+
+    def __init__(
+        self, tokens: Sequence[bytes], special_ids: Sequence[int], eos_token_id: int | None
+    ) -> None:
+        """tokens: by id; empty for ids that no token has. special_ids: never part of a text.
+
+        A model without an end token gets one that it cannot say; its outputs end where nothing can
+        follow.
+        """
+        self.size = len(tokens)
+        self._tokens = list(tokens)
+        self._special_ids = list(special_ids)
+        if eos_token_id is None:
+            eos_token_id = len(self._tokens)
+            self._tokens.append(b"<end>")
+            self._special_ids.append(eos_token_id)
+        self._eos_token_id = eos_token_id
+        self.handle = LLTokenizer(
+            TokenizerWrapper(_Plain(self._tokens, self._special_ids, eos_token_id))
+        )
+
+
+class _Plain:
+    """What TokenizerWrapper asks for. Texts are cut greedily; masks do not depend on that."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], special_ids: list[int], eos_token_id: int) -> None:
+        self.tokens = tokens
+        self.special_token_ids = special_ids
+        self.eos_token_id = eos_token_id
+        self._single = {token: token_id for token_id, token in enumerate(tokens) if len(token) == 1}
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [self._single[bytes([byte])] for byte in text]
+
+
+class Matcher:
+    """How far one output has come in its grammar: a function of its tokens alone."""
+
+    def __init__(self, vocabulary: Vocabulary, grammar: Grammar) -> None:
+        """At the beginning. Raises GrammarFailed."""
+        self._matcher = LLMatcher(vocabulary.handle, _source(grammar), log_level=0)
+        self.num_tokens = 0
+        self._check()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher.is_stopped()
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        """Go on by some tokens. Raises GrammarFailed."""
+        self._matcher.consume_tokens(list(token_ids))
+        self.num_tokens += len(token_ids)
+        self._check()
+
+    def mask(self) -> bytes:
+        """One bit for each token id, the lowest first: what may follow. Raises GrammarFailed.
+
+        Other threads run meanwhile.
+        """
+        mask = self._matcher.compute_bitmask()
+        self._check()
+        return mask
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            said = " ".join(self._matcher.get_error().split())
+            raise GrammarFailed(f"the grammar cannot be followed any further: {said}")

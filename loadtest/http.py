@@ -1,0 +1,214 @@
+"""What one HTTP process carries: an engine that computes nothing, and clients that only count."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from rich.console import Console
+
+ENDED = b"event: done"
+CHUNK = 1 << 16
+START_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Streams of tokens through one HTTP process.
+
+    offered: what the engine says, tokens/s; cpu_seconds: of the HTTP process; tokens_per_core: that
+    it would carry if it had a whole core to itself.
+    """
+
+    streams: int
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    tokens_per_second: float
+    tokens_per_core: float
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Streams that wait for their first token; bytes: what the HTTP process grew by."""
+
+    streams: int
+    bytes: int
+    bytes_per_stream: int
+
+
+@contextmanager
+def worker(model: Path, rate: float) -> Generator[tuple[int, psutil.Process], None, None]:
+    """An HTTP process before a fake engine; its port and the process."""
+    with tempfile.TemporaryDirectory(prefix="ropeway-") as folder, socket.socket() as listener:
+        address = f"ipc://{folder}/engine"
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(4096)
+        settings = {"max_queue": 8192, "keep_alive_seconds": 60.0}
+        config = {"address": address, "model_dir": str(model), "listener": listener.fileno()}
+        engine = subprocess.Popen(
+            [sys.executable, "-P", "-m", "loadtest.fake_engine", address, str(rate)]
+        )
+        server = subprocess.Popen(
+            [sys.executable, "-P", "-m", "server.worker"],
+            stdin=subprocess.PIPE,
+            pass_fds=(listener.fileno(),),
+        )
+        try:
+            assert server.stdin is not None
+            server.stdin.write(json.dumps(config | {"settings": settings}).encode() + b"\n")
+            server.stdin.flush()
+            port = listener.getsockname()[1]
+            asyncio.run(_until_ready(port))
+            yield port, psutil.Process(server.pid)
+        finally:
+            for process in (server, engine):
+                process.kill()
+                process.wait()
+            if server.stdin is not None:
+                server.stdin.close()
+
+
+async def _until_ready(port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        if b" 200 " in answer.split(b"\r\n", 1)[0]:
+            return
+        await asyncio.sleep(0.05)
+    raise TimeoutError(f"the HTTP process was not ready after {START_SECONDS:g} s")
+
+
+async def _ask(port: int, max_tokens: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """POST /generate, up to the headers of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=CHUNK)
+    body = json.dumps({"prompt": "The old captain", "max_tokens": max_tokens}).encode()
+    writer.write(
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    head = await reader.readuntil(b"\r\n\r\n")
+    if b" 200 " not in head.split(b"\r\n", 1)[0]:
+        raise RuntimeError(f"the HTTP process refused: {head!r}")
+    return reader, writer
+
+
+async def _follow(port: int, max_tokens: int) -> int:
+    """Tokens of one stream, which must end as one that succeeded."""
+    reader, writer = await _ask(port, max_tokens)
+    tokens, tail = 0, b""
+    while chunk := await reader.read(CHUNK):
+        text = tail + chunk
+        tokens += text.count(b"event: token\n")
+        cut = text.rfind(b"event: token\n")
+        tail = text[cut + len(b"event: token\n") :] if cut >= 0 else text
+        if ENDED in tail:
+            break
+    writer.close()
+    await writer.wait_closed()
+    if tokens != max_tokens or ENDED not in tail:
+        raise RuntimeError(f"a stream of {max_tokens} tokens ended after {tokens}")
+    return tokens
+
+
+def carry(model: Path, streams: int, rate: float, seconds: float) -> Carried:
+    """As many streams at once as said, each with `rate` tokens a second for so long."""
+    with worker(model, rate) as (port, process):
+        max_tokens = max(2, int(rate * seconds))
+
+        async def all_streams() -> int:
+            return sum(await asyncio.gather(*(_follow(port, max_tokens) for _ in range(streams))))
+
+        before = process.cpu_times()
+        began = time.monotonic()
+        tokens = asyncio.run(all_streams())
+        elapsed = time.monotonic() - began
+        after = process.cpu_times()
+    cpu = after.user + after.system - before.user - before.system
+    return Carried(streams, tokens, elapsed, cpu, tokens / elapsed, tokens / cpu)
+
+
+def idle(model: Path, streams: int) -> Idle:
+    """What so many streams cost that wait."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = streams + 256
+    if soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    with worker(model, 0) as (port, process):
+
+        async def grow() -> int:
+            writers = [(await _ask(port, 64))[1] for _ in range(8)]  # what is loaded once
+            before = process.memory_info().rss
+            writers += [(await _ask(port, 64))[1] for _ in range(streams)]
+            grown = process.memory_info().rss - before
+            for writer in writers:
+                writer.close()
+            await asyncio.gather(*(writer.wait_closed() for writer in writers))
+            return int(grown)
+
+        grown = asyncio.run(grow())
+    return Idle(streams, grown, grown // streams)
+
+
+def measure(
+    model: Annotated[Path, typer.Option(help="Whose tokenizer is used.")] = Path("weights/default"),
+    streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 64,
+    rate: Annotated[float, typer.Option(min=1, help="Tokens a second of each stream.")] = 500,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each run.")] = 5,
+    runs: Annotated[int, typer.Option(min=1, help="Runs; all are shown.")] = 3,
+    idle_streams: Annotated[int, typer.Option(min=1, help="Streams that wait.")] = 1000,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the document there too.")
+    ] = None,
+) -> None:
+    """Tokens/s of server-sent events that one HTTP process carries, and what waiting streams cost.
+
+    The engine computes nothing, so the HTTP process is what is measured: by its own processor time,
+    which other programs do not disturb much.
+    """
+    console = Console(stderr=True)
+    carried = []
+    for _ in range(runs):
+        carried.append(carry(model, streams, rate, seconds))
+        console.print(
+            f"{streams} streams: {carried[-1].tokens_per_second:,.0f} tokens/s with "
+            f"{carried[-1].cpu_seconds / carried[-1].seconds:.0%} of a core: "
+            f"{carried[-1].tokens_per_core:,.0f} tokens/s and core"
+        )
+    waiting = idle(model, idle_streams)
+    console.print(
+        f"{waiting.streams:,} waiting streams: {waiting.bytes / 1e6:.1f} MB, "
+        f"{waiting.bytes_per_stream / 1e3:.1f} kB each"
+    )
+    document = {
+        "command": "http",
+        "machine": {
+            "processor": platform.machine(),
+            "cores": psutil.cpu_count(),
+            "python": platform.python_version(),
+        },
+        "carried": [asdict(each) for each in carried],
+        "idle": asdict(waiting),
+    }
+    text = json.dumps(document, indent=2)
+    print(text)
+    if json_file is not None:
+        json_file.write_text(text + "\n")

@@ -1,0 +1,157 @@
+"""Graphs without a GPU: a recorder that calls the work again, and steps that can be foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from engine.execution.cuda_graphs import NOT_RUN, DecodeGraphs, DecodeState, DecodeStep, TokenReader
+from engine.execution.device_sampler import DeviceSampler
+from engine.model.attention.base import KVCache
+from engine.model.attention.reference import NaiveAttention
+from engine.model.attention.triton import TritonBackend
+from engine.model.cuda_layers import use_triton
+from engine.model.profiles import ProfileTables
+from engine.model.rope import RotaryTable
+from engine.scaling import UNSCALED
+from tests.models import random_model, tiny_config
+
+SIZE = 16
+
+
+class Recorder:
+    """Remembers what was recorded; a replay does the work again."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        return work
+
+
+class Counting:
+    """A step that writes down how many rows it was asked for and who was there."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self.state = state
+        self.calls: list[tuple[int, list[int]]] = []
+
+    def __call__(self, num_rows: int) -> None:
+        present = self.state.num_blocks[:num_rows] > 0
+        self.calls.append((num_rows, present.nonzero()[:, 0].tolist()))
+        self.state.sampled[:num_rows] = torch.where(present, self.state.positions[:num_rows], -2)
+        self.state.positions[:num_rows] += present
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_buckets_are_recorded_once_when_first_needed_and_change_nothing() -> None:
+    state, recorder = DecodeState(12, 3, "cpu"), Recorder()
+    step = Counting(state)
+    graphs = DecodeGraphs(step, state, recorder)
+    assert graphs.buckets == [1, 2, 4, 8, 12]
+    assert [graphs.bucket(n) for n in (1, 2, 3, 5, 8, 9, 12)] == [1, 2, 4, 8, 8, 12, 12]
+    with pytest.raises(IndexError):
+        graphs.bucket(13)
+    state.put([0, 2], {"num_blocks": int32(1, 1), "positions": int32(5, 9)})
+    graphs.launch(3)
+    assert step.calls == [(4, []), (4, [0, 2])]  # for what it compiles; then the step
+    assert state.positions[:3].tolist() == [6, 0, 10]
+    graphs.launch(4)
+    assert step.calls[2:] == [(4, [0, 2])]
+    assert recorder.recorded == 1
+    graphs.launch(1)
+    assert step.calls[3:] == [(1, []), (1, [0])]
+    assert recorder.recorded == 2
+
+
+def test_rows_are_taken_from_below_and_leave_nobody_behind() -> None:
+    state = DecodeState(3, 2, "cpu")
+    assert [state.take() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(IndexError):
+        state.take()
+    state.put([0, 1, 2], {"num_blocks": int32(1, 1, 1)})
+    state.release([2, 0])
+    assert state.num_blocks.tolist() == [0, 1, 0]
+    assert [state.take(), state.take()] == [0, 2]
+    state.release([])
+
+
+def test_a_row_is_written_in_place() -> None:
+    state = DecodeState(4, 5, "cpu")
+    addresses = {name: tensor.data_ptr() for name, tensor in state.tensors.items()}
+    state.put(
+        [3, 1],
+        {
+            "token_ids": torch.tensor([7, 8]),
+            "block_tables": torch.tensor([[4, 5], [6, 0]]),
+            "top_p": torch.tensor([0.5, 0.25], dtype=torch.float64),
+            "seed": torch.tensor([-1, 2]),
+        },
+    )
+    assert state.token_ids.tolist() == [0, 8, 0, 7]
+    assert state.block_tables[3].tolist() == [4, 5, 0, 0, 0]
+    assert state.sampling.top_p.tolist() == [1.0, 0.25, 1.0, 0.5]
+    assert state.sampling.seed.tolist() == [0, 2, 0, -1]
+    assert {name: tensor.data_ptr() for name, tensor in state.tensors.items()} == addresses
+
+
+def test_tokens_are_read_one_step_behind() -> None:
+    state = DecodeState(2, 2, "cpu")
+    graphs, reader = DecodeGraphs(Counting(state), state, Recorder()), TokenReader(state)
+    state.put([0, 1], {"num_blocks": int32(1, 1), "positions": int32(10, 20)})
+    read = []
+    graphs.launch(2)
+    pending = reader.start(2)
+    for _ in range(3):
+        graphs.launch(2)
+        ahead = reader.start(2)
+        read.append(pending.read())
+        pending = ahead
+    assert read == [[10, 20], [11, 21], [12, 22]]
+    assert pending.read() == [13, 23]
+    state.sampled[1] = -1
+    with pytest.raises(FloatingPointError, match="not finite"):
+        reader.start(2).read()
+
+
+def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
+    """The kernels, the sampler and the state together; greedy, in float32, against no cache."""
+    config = tiny_config(num_layers=1)
+    model = random_model(config)
+    naive = NaiveAttention(RotaryTable.for_model(config), config.num_heads)
+    known = [3, 30]
+    with torch.inference_mode():
+        expected = list(known)
+        for _ in range(2):
+            logits = model.logits(model(torch.tensor(expected), naive))[-1, : config.vocab_size]
+            expected.append(int(logits.argmax()))
+        use_triton(model, wide=())
+        cache = KVCache.allocate(config, 4, SIZE, torch.float32, dimensions_last=True)
+        tables = ProfileTables(config, SIZE)
+        backend = TritonBackend(config, tables, cache, num_processors=0)
+        backend.put_profile(0, UNSCALED, config.max_position)
+        state = DecodeState(3, 2, "cpu")
+        sampler = DeviceSampler(config.vocab_size, device="cpu")
+        graphs = DecodeGraphs(DecodeStep(model, backend, sampler, state), state, Recorder(), (3,))
+        reader = TokenReader(state)
+        # Row 1 feeds its prompt a token at a time; row 0 is absent, row 2 is out of pages.
+        state.put([1, 2], {"num_blocks": int32(1, 1), "positions": int32(0, SIZE)})
+        state.put([1], {"block_tables": int32(2)[:, None]})
+        tokens = list(known)
+        for at in range(len(expected) - 1):
+            state.put([1], {"token_ids": torch.tensor([tokens[at]])})
+            graphs.launch(3)
+            first, token, last = reader.start(3).read()
+            assert (first, last) == (NOT_RUN, NOT_RUN)
+            if at >= len(known) - 1:
+                tokens.append(token)
+    assert tokens == expected
+    assert state.positions.tolist() == [0, len(expected) - 1, SIZE]
+    assert state.sampling.index.tolist() == [0, len(expected) - 1, 0]
+    assert not cache.keys[0][[0, 1, 3]].any()
