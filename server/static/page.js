@@ -331,7 +331,8 @@ function plot() {
   chart.replaceChildren();
   $("reading").textContent = "";
   const window = Number($("window").value);
-  const curves = runs.map((run) => ({ run, start: run.start, values: perplexities(run.tokens.map((token) => token.logprob), window) }));
+  const known = Math.max(...runs.map((run) => run.start)); // by the first that has finished
+  const curves = runs.map((run) => ({ run, start: run.start || known, values: perplexities(run.tokens.map((token) => token.logprob), window) }));
   const drawn = curves.filter(({ values }) => values.length > 1);
   if (!drawn.length) return;
   const { width, height } = chart.getBoundingClientRect();

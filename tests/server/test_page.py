@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from html.parser import HTMLParser
 
 import pytest
-from playwright.async_api import Browser, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, Locator, Page, Route, async_playwright, expect
 
 from engine.messages import AbortRequest, AddRequest, EngineOutput, TokenLogprobs
 from engine.request import FinishReason
@@ -277,6 +277,29 @@ async def test_a_stream_that_failed_says_so(page: Page, served: Served) -> None:
     await expect(page.get_by_role("alert")).to_contain_text("engine process died")
     await expect(page.get_by_role("status")).to_have_text("")
     await expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+
+
+async def test_a_key_is_asked_for_where_one_is_needed(page: Page, served: Served) -> None:
+    key = page.get_by_label("API key")
+    await expect(key).to_be_hidden()
+
+    async def guard(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer secret":
+            await route.continue_()
+            return
+        error = {"code": "missing_api_key", "message": "this server needs a key", "field": None}
+        await route.fulfill(status=401, json={"error": error})
+
+    await page.route("**/generate", guard)
+    await prompt(page).fill("ab")
+    await page.keyboard.press("Control+Enter")
+    await expect(page.get_by_role("alert")).to_have_text("this server needs a key")
+    await expect(key).to_be_focused()
+    await page.keyboard.type("secret")
+    await page.keyboard.press("Enter")
+    request = await served.fake.expect(AddRequest)
+    await say(served, request, b"x", end=FinishReason.LENGTH)
+    await expect(page.get_by_role("status")).to_have_text("finished: length")
 
 
 async def test_two_rotations_and_their_perplexity(page: Page, served: Served) -> None:
