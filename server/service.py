@@ -15,6 +15,7 @@ from engine.errors import Draining, EngineError, RopewayError
 from engine.frontend.client import AsyncEngine
 from engine.frontend.stream import Piece, Stream, StreamGroup
 from engine.request import RequestOptions, SamplingParams
+from engine.scaling import RopeScaling
 from server.caller import Caller, caller_of
 from server.chat import ChatTemplate
 from server.metrics import Metrics
@@ -148,6 +149,7 @@ class Service:
         caller: Caller,
         first: int,
         top: int,
+        rope: RopeScaling | None,
     ) -> Generation:
         """Score texts; see AsyncEngine.score_all. Raises as generate() does."""
         options = self._salted(options, caller)
@@ -155,7 +157,7 @@ class Service:
             caller,
             texts,
             lambda request_id: self.engine.score_all(
-                request_id, texts, options, first=first, top=top
+                request_id, texts, options, first=first, top=top, rope=rope
             ),
         )
 

@@ -8,16 +8,24 @@ from typing import Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
-from engine.errors import InvalidRequest
+from engine.errors import ConfigError, InvalidRequest
 from engine.frontend.stream import Stream
 from engine.frontend.tokenizer import Tokenizer
-from engine.request import MAX_INT, MAX_LOGPROBS, MAX_PRIORITY, MAX_TIMEOUT_S, RequestOptions
+from engine.request import (
+    MAX_INT,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_TIMEOUT_S,
+    RequestOptions,
+    no_such_rotation,
+)
+from engine.scaling import RopeScaling
 from server.answers import TokenLogprob, UsageBody
 from server.collect import CLIENT_CLOSED_REQUEST, collect, json_response
 from server.content import require_json
 from server.errors import OPENAI_DOCUMENTED
 from server.routes.openai import served_model
-from server.schemas import Prompts, RequestModel, bounds, prompts_of
+from server.schemas import Prompts, RequestModel, RopeBody, bounds, prompts_of
 from server.service import CallerDep, ServiceDep
 
 OPTIONS = RequestOptions()
@@ -49,6 +57,9 @@ class ScoreRequest(RequestModel):
         "error", description="Past the context: refuse, or `shift`, which is an approximation."
     )
     cache_salt: str = OPTIONS.cache_salt
+    rope: RopeBody | None = Field(
+        None, description="Another rotation than the model's own, as in /generate."
+    )
 
     def to_options(self) -> RequestOptions:
         """Checked options. Raises InvalidRequest."""
@@ -58,6 +69,15 @@ class ScoreRequest(RequestModel):
             overflow=self.overflow,
             cache_salt=self.cache_salt,
         )
+
+    def scaling(self) -> RopeScaling | None:
+        """The rotation that was asked for. Raises InvalidRequest."""
+        if self.rope is None:
+            return None
+        try:
+            return RopeScaling.from_dict(self.rope.model_dump(exclude_unset=True))
+        except ConfigError as error:
+            raise no_such_rotation(error) from error
 
     def check(self) -> None:
         """Ranges. Raises InvalidRequest."""
@@ -125,6 +145,7 @@ async def score(
         caller=caller,
         first=body.first,
         top=body.top_logprobs,
+        rope=body.scaling(),
     )
     outputs = await collect(generation, request)
     if outputs is None:

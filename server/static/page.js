@@ -89,9 +89,11 @@ class Run {
   constructor(profile, fields) {
     this.profile = profile;
     this.rotation = rotation(profile);
-    this.body = object([...fields, ...(this.rotation.json ? [["rope", this.rotation.json]] : [])]);
+    this.rope = this.rotation.json ? [["rope", this.rotation.json]] : [];
+    this.body = object([...fields, ...this.rope]);
     this.tokens = []; // data of the events
-    this.start = 0; // the position of the first of them
+    this.scored = []; // log-probabilities of the prompt's tokens, from the second on
+    this.note = ""; // why there are none
     this.element = $("run").content.firstElementChild.cloneNode(true);
     this.element.querySelector("h2").textContent = this.rotation.name;
     this.output = this.element.querySelector(".output");
@@ -114,6 +116,7 @@ class Run {
     this.output.setAttribute("aria-busy", "true");
     this.say("waiting");
     try {
+      if (comparing()) await this.score(signal);
       await this.stream(signal);
     } catch (error) {
       this.say(signal.aborted ? `stopped after ${this.tokens.length} tokens` : "");
@@ -121,6 +124,26 @@ class Run {
     } finally {
       this.output.removeAttribute("aria-busy");
     }
+  }
+
+  /** What this rotation makes of the prompt itself. One that cannot be scored, as that of a single
+   *  token, may be answered all the same. */
+  async score(signal) {
+    const overflow = form.elements.overflow.value === "shift" ? [["overflow", '"shift"']] : [];
+    const body = object([["text", JSON.stringify(promptBox.value)], ...overflow, ...this.rope]);
+    try {
+      const { scores } = await (await ask("v1/score", body, signal)).json();
+      this.scored = scores[0].logprobs.map(({ logprob }) => logprob);
+      redraw();
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      this.note = `; the prompt has no score: ${error.message}`;
+    }
+  }
+
+  /** Log-probabilities of prompt and answer. */
+  logprobs() {
+    return [...this.scored, ...this.tokens.map(({ logprob }) => logprob)];
   }
 
   async stream(signal) {
@@ -159,9 +182,7 @@ class Run {
     this.figure("cached", usage.cached_tokens);
     this.figure("completion", usage.completion_tokens);
     const dropped = usage.dropped_tokens ? `; ${usage.dropped_tokens} tokens dropped` : "";
-    this.say(`finished: ${finish_reason}${dropped}`);
-    this.start = usage.prompt_tokens;
-    redraw();
+    this.say(`finished: ${finish_reason}${dropped}${this.note}`);
   }
 
   /** Show an error where it belongs: at the field that it names, else at the answer. */
@@ -331,29 +352,32 @@ function plot() {
   chart.replaceChildren();
   $("reading").textContent = "";
   const window = Number($("window").value);
-  const known = Math.max(...runs.map((run) => run.start)); // by the first that has finished
-  const curves = runs.map((run) => ({ run, start: run.start || known, values: perplexities(run.tokens.map((token) => token.logprob), window) }));
+  const curves = runs.map((run) => ({ run, values: perplexities(run.logprobs(), window) }));
   const drawn = curves.filter(({ values }) => values.length > 1);
   if (!drawn.length) return;
   const { width, height } = chart.getBoundingClientRect();
   const [left, bottom, top, right] = [52, 24, 8, 10];
-  const from = Math.min(...drawn.map(({ start }) => start));
-  const to = Math.max(...drawn.map(({ start, values }) => start + values.length - 1));
+  const to = Math.max(...drawn.map(({ values }) => values.length));
   const all = drawn.flatMap(({ values }) => values);
   const low = all.reduce((a, b) => Math.min(a, b)) / 1.15;
   const high = all.reduce((a, b) => Math.max(a, b)) * 1.15;
-  const x = (position) => left + ((position - from) / (to - from)) * (width - left - right);
+  const x = (position) => left + ((position - 1) / (to - 1)) * (width - left - right);
   const y = (value) => height - bottom - (Math.log(value / low) / Math.log(high / low)) * (height - top - bottom);
   chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
   for (const tick of logTicks(low, high)) {
     draw("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick) });
     draw("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick);
   }
-  for (const tick of ticks(from, to, width / 70)) {
+  for (const tick of ticks(1, to, width / 70)) {
     draw("text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, tick);
   }
-  for (const { run, start, values } of drawn) {
-    const points = values.map((value, at) => `${x(start + at).toFixed(1)},${y(value).toFixed(1)}`);
+  const prompt = Math.max(...runs.map((run) => run.scored.length));
+  if (prompt) {
+    draw("line", { class: "mark", x1: x(prompt), x2: x(prompt), y1: top, y2: height - bottom });
+    draw("text", { x: x(prompt) + 4, y: height - bottom - 4 }, "answer");
+  }
+  for (const { run, values } of drawn) {
+    const points = values.map((value, at) => `${x(at + 1).toFixed(1)},${y(value).toFixed(1)}`);
     draw("polyline", { class: run.profile, points: points.join(" ") });
   }
   $("reading").textContent = drawn.map(({ run, values }) => `${run.rotation.name}: ${values.at(-1).toFixed(1)}`).join("  ·  ");

@@ -17,6 +17,7 @@ import pytest
 
 from engine.messages import AbortRequest, AddRequest, EngineOutput, TokenLogprobs
 from engine.request import FinishReason
+from engine.scaling import RopeScaling
 from tests.server.conftest import Served
 
 TEXT = b"hello"
@@ -188,9 +189,19 @@ async def test_scores(served: Served) -> None:
     assert answer["usage"]["completion_tokens"] == 0
 
 
+async def test_a_score_under_another_rotation(served: Served) -> None:
+    async with playing(served) as asked:
+        body = {"text": "a" * 66, "rope": {"type": "ntk", "factor": 4}}  # past the model's context
+        response = await served.http.post("/v1/score", json=body)
+    assert response.status_code == 200, response.text
+    assert response.json()["scores"][0]["num_scored"] == 65
+    assert asked[0].params.rope == RopeScaling(type="ntk", factor=4)
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
+        ({"text": "abc", "rope": {"type": "ntk", "factor": 0.5}}, "rope.factor", "at least 1"),
         ({}, "text", "required"),
         ({"text": "a"}, "text", "must have more tokens than the 1"),
         ({"text": ["ab", "a"]}, "text", "text[1] must have more"),

@@ -149,6 +149,23 @@ async def say(
         await served.fake.step(EngineOutput(request.request_id, at, byte, reason, scores, 0.1, 0))
 
 
+async def score(served: Served, request: AddRequest, logprob: float) -> None:
+    """The same for every token of a text."""
+    assert request.targets is not None
+    scores = [TokenLogprobs(logprob, []) for _ in request.targets.token_ids]
+    await served.fake.step(
+        EngineOutput(request.request_id, 0, 0, FinishReason.LENGTH, None, 0.0, 0, scores)
+    )
+
+
+async def ask_both(page: Page, served: Served, text: str = "ab") -> list[AddRequest]:
+    """Where two rotations are compared: the prompt's scores, and what is asked then."""
+    for request in [await ask(page, served, text), await served.fake.expect(AddRequest)]:
+        await score(served, request, math.log(0.5 if request.params.rope is None else 0.1))
+    both = [await served.fake.expect(AddRequest) for _ in range(2)]
+    return sorted(both, key=lambda each: each.params.rope is not None)
+
+
 async def test_what_is_typed_is_asked_and_streams(page: Page, served: Served) -> None:
     await page.get_by_label("max_tokens").fill("7")
     await page.get_by_label("temperature").fill(".25")
@@ -304,8 +321,7 @@ async def test_a_key_is_asked_for_where_one_is_needed(page: Page, served: Served
 
 async def test_two_rotations_and_their_perplexity(page: Page, served: Served) -> None:
     await page.get_by_label("Compare two rotations").check()
-    requests = [await ask(page, served), await served.fake.expect(AddRequest)]
-    own, stretched = sorted(requests, key=lambda each: each.params.rope is not None)
+    own, stretched = await ask_both(page, served)
     assert own.params.rope is None
     assert stretched.params.rope == RopeScaling(type="ntk", factor=4)
     assert own.params.seed == stretched.params.seed
@@ -317,15 +333,16 @@ async def test_two_rotations_and_their_perplexity(page: Page, served: Served) ->
     )
     await expect(page.locator(".output")).to_have_text(["abaaaa", "abbbbb"])
     reading = page.locator("#reading")
-    await expect(reading).to_contain_text("own rotation: 4.0")  # sqrt(2 * 8)
+    await expect(reading).to_contain_text("own rotation: 3.5")  # (2 * 2 * 2 * 8 * 8) ** (1 / 5)
     await expect(reading).to_contain_text(" 4: 10.0")
     curves = page.locator("#chart polyline")
     await expect(curves).to_have_count(2)
     shapes = [await each.get_attribute("points") or "" for each in await curves.all()]
     heights = [[float(point.split(",")[1]) for point in each.split()] for each in shapes]
-    # 2, 2, 8^(2/3)..., 4 grows (y points down); ten stays ten, above them
-    assert len(heights[0]) == len(heights[1]) == 4
-    assert heights[0][0] == heights[0][1] > heights[0][2] > heights[0][3] > heights[1][0]
+    # the prompt's one score, and the answer: 2, 2, 2, then more (y points down); ten stays ten
+    assert len(heights[0]) == len(heights[1]) == 5
+    assert heights[0][0] == heights[0][1] == heights[0][2] > heights[0][3] > heights[0][4]
+    assert heights[0][4] > heights[1][0]
     assert len(set(heights[1])) == 1
 
 
@@ -333,7 +350,8 @@ async def test_the_guilty_rotation_is_marked(page: Page, served: Served) -> None
     await page.get_by_label("Compare two rotations").check()
     factors = page.get_by_label("factor")
     await factors.nth(1).fill("0.5")
-    own = await ask(page, served)
+    await score(served, await ask(page, served), -1.0)
+    own = await served.fake.expect(AddRequest)
     await expect(page.locator(".run").nth(1).get_by_role("alert")).to_contain_text(
         "rope.factor must be at least 1, got 0.5"
     )
@@ -347,8 +365,7 @@ async def test_the_guilty_rotation_is_marked(page: Page, served: Served) -> None
 async def test_a_phone_needs_no_sideways_scrolling(page: Page, served: Served, width: int) -> None:
     await page.set_viewport_size({"width": width, "height": 640})
     await page.get_by_label("Compare two rotations").check()
-    requests = [await ask(page, served, "x" * 12), await served.fake.expect(AddRequest)]
-    for request in requests:
+    for request in await ask_both(page, served, "x" * 12):
         await say(served, request, b"W" * 40, end=FinishReason.LENGTH)
     await expect(page.get_by_role("status")).to_have_text(["finished: length"] * 2)
     await page.locator(".output .token").nth(39).hover()
