@@ -82,7 +82,6 @@ def started(
     port: int,
     ready: str,
     log: Path | None = None,
-    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """A command that serves on this port, once GET `ready` answers 200; ended afterwards.
 
@@ -97,7 +96,6 @@ def started(
             stdout=output,
             stderr=output if log else None,
             process_group=0,
-            env=environment,
         )
         try:
             asyncio.run(_wait_ready(url + ready, process))

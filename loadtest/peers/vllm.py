@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from loadtest.peers.base import Reached
 from loadtest.servers import free_port, started
 
 CACHE_GIB = 4
+WITHIN = 'unset PYTHONPATH; PATH="$0:$PATH" exec "$@"'
+"""Its virtual environment first, where its tools are, and no path of ours."""
 
 
 class VllmServing:
@@ -38,10 +39,8 @@ class VllmServing:
         port = free_port()
         command = [str(self._binary), "serve", str(self._neox), *self._options]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
-        # its own compiler is looked for beside it
-        path = f"{self._binary.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        environment = {**os.environ, **self._environment, "PATH": path}
-        environment.pop("PYTHONPATH", None)
+        settings = [f"{name}={value}" for name, value in self._environment.items()]
+        within = ["sh", "-c", WITHIN, str(self._binary.parent), "env", *settings]
         log = self._neox.with_name("vllm.log")
-        with started(command, port, "/health", log, environment) as server:
+        with started([*within, *command], port, "/health", log) as server:
             yield Reached(server.url, OpenAI("model"))

@@ -128,7 +128,7 @@ def test_startup(tiny_model_dir: Path, tmp_path: Path) -> None:
         (["prefill", "--prompt-tokens", ""], "must be numbers from 1, by commas, got ''"),
         (["queue", "--waiting", "-1"], "must be numbers from 0, by commas, got '-1'"),
         (["latency", "--dtype", "float16"], "float16"),
-        (["startup", "--repeats", "0"], "0 is not in the range"),
+        (["startup", "--repeats", "0"], "Invalid value for '--repeats'"),
     ],
 )
 def test_bad_options(tiny_model_dir: Path, arguments: list[str], message: str) -> None:
