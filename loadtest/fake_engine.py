@@ -42,7 +42,6 @@ READY = EngineReady(
     max_num_seqs=MAX_SEQS,
     max_num_batched_tokens=MAX_SEQS,
     threads=0,
-    products="none",
 )
 
 
