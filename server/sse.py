@@ -11,9 +11,10 @@ when the server is told to stop (ours drain first) and takes a lock and a cancel
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -24,6 +25,15 @@ from engine.frontend.stream import Piece, Stream
 from server.connection import Disconnected, while_connected
 
 KEEP_ALIVE = b": waiting\n\n"
+
+EVENT_SCHEMA: Mapping[str, Any] = MappingProxyType(
+    {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+        "required": ["data"],
+    }
+)
+"""Of one event, as OpenAPI describes streams of them."""
 
 
 class Events(Protocol):

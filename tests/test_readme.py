@@ -26,6 +26,7 @@ ELSEWHERE = {
     "docker build -t ropeway .": "make docker-proof",
     "docker run --rm -p 8000:8000 --read-only --tmpfs /tmp ropeway": "make docker-proof",
     "make docker-proof": "needs root and some minutes",
+    "make chaos": "takes minutes; tests/loadtest/test_chaos.py does a little of it",
 }
 """Commands that no test can run, and what does."""
 
@@ -187,6 +188,8 @@ def test_commands_in_sentences_exist() -> None:
     group = typer.main.get_command(app)
     for command in re.findall(r"`(ropeway [^`\n]+)`", README):
         words = command.split()[1:]
+        if words[0] == "--install-completion":
+            continue
         assert words[0] in group.commands, command  # type: ignore[attr-defined]
         if words[0] == "bench" and len(words) > 1:
             shown = CliRunner().invoke(app, ["bench", words[1], "--help"])

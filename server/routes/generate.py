@@ -15,7 +15,7 @@ from server.schemas import ErrorBody, GenerateRequest, prompts_of
 from server.service import CallerDep, ServiceDep
 from server.session import LAST_EVENT_ID, Session
 from server.sessions import Sessions
-from server.sse import EventStream, Source
+from server.sse import EVENT_SCHEMA, EventStream, Source
 
 SUCCESS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -25,8 +25,12 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
         "`finish` after each); then `done`, or `error` if it could not finish.",
         "content": {
             "text/event-stream": {
-                "schema": {"type": "string"},
-                "example": 'id: 0\nevent: token\ndata: {"index":0,"token_id":318,"text":" on"}\n\n',
+                "schema": dict(EVENT_SCHEMA),
+                "example": {
+                    "id": "0",
+                    "event": "token",
+                    "data": '{"index":0,"token_id":318,"text":" on"}',
+                },
             }
         },
     }
@@ -35,7 +39,7 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
 RESUMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The events after the last one that was seen, and those that follow.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": dict(EVENT_SCHEMA)}},
     },
     404: {"model": ErrorBody, "description": "No stream of this id and key can be resumed."},
     **{status: DOCUMENTED[status] for status in (400, 401, 422, 429, 503)},

@@ -18,7 +18,7 @@ from server.openai_events import ChatEvents, CompletionEvents
 from server.openai_schemas import ChatRequest, CompletionRequest
 from server.schemas import OpenAIErrorBody, prompts_of
 from server.service import CallerDep, Generation, Service, ServiceDep
-from server.sse import EventStream
+from server.sse import EVENT_SCHEMA, EventStream
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -29,7 +29,7 @@ def _success(body: type) -> dict[int | str, dict[str, Any]]:
             "model": body,
             "description": "One JSON body; or server-sent events where `stream` is true, which end "
             "by [DONE], or by a chunk with an `error`.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": dict(EVENT_SCHEMA)}},
         }
     }
 

@@ -54,8 +54,8 @@ def arguments(command: str) -> list[str]:
 
 def answers(process: subprocess.Popen[str]) -> str:
     """The text that a server just started gives, whose address it prints."""
-    assert process.stderr is not None
-    for line in process.stderr:
+    assert process.stdout is not None
+    for line in process.stdout:
         if address := re.search(r"http://[\d.]+:\d+", line):
             body = {"prompt": "The", "max_tokens": 3, "stream": False}
             reply = httpx.post(f"{address[0]}/generate", json=body, timeout=60)
@@ -84,8 +84,8 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
             cwd=tmp_path,
             env=environment,
             text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         if "--resume" in command:
             # the four steps are done: going on finds nothing left to do, and says so by ending
@@ -93,7 +93,7 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path) -> None:
         if " serve " in command:
             assert isinstance(answers(process), str)
             process.terminate()
-        _, said = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, f"{command}: {said}"
     assert (tmp_path / "my-model" / "training.png").exists()
     assert (tmp_path / "my-neox" / "model.safetensors").exists()
