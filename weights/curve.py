@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def smooth(values: list[float], share: float = 0.05) -> list[float]:
     return smoothed
 
 
+def stretches(flags: list[bool]) -> list[tuple[int, int]]:
+    """First and last place of every unbroken run of true ones."""
+    edges = [at for at, (a, b) in enumerate(pairwise([False, *flags, False])) if a != b]
+    return [(first, end - 1) for first, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
 def draw(entries: list[dict[str, Any]], path: Path) -> None:
     """Training loss and held-out losses against tokens seen; whole contexts are shaded."""
     steps = [entry for entry in entries if "loss" in entry]
@@ -47,11 +54,10 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
         points = [entry["held_out"][name] for entry in measured]
         at = [entry["tokens"] / 1e6 for entry in measured]
         axes.plot(at, points, marker="o", markersize=3, color=colour, label=f"held out: {name}")
-    whole = [
-        m for m, entry in zip(seen, steps, strict=True) if entry["length"] > steps[0]["length"]
-    ]
-    if whole:
-        axes.axvspan(whole[0], whole[-1], color="grey", alpha=0.12, label="whole contexts")
+    label: str | None = "whole contexts"
+    for first, last in stretches([e["length"] > steps[0]["length"] for e in steps]):
+        axes.axvspan(seen[first], seen[last], color="grey", alpha=0.12, label=label)
+        label = None
     axes.set(xlabel="million tokens", ylabel="nats per token", ylim=(min(losses) - 0.1, 7.0))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from engine.config import ModelConfig
 from engine.model.loader import load_model
+from weights.baselines import measure
 from weights.card import Facts, draw_samples, write_card
 from weights.corpus import SOURCES, read_documents
 from weights.curve import draw, read_log
@@ -80,6 +81,7 @@ def main() -> None:
         train_bytes=sizes(options.corpus / "train"),
         held_out_bytes=sizes(options.corpus / "heldout"),
         held_out=evaluate(options.model, options.corpus),
+        baselines=measure(options.corpus, options.model),
     )
     card = write_card(facts, draw_samples(options.model))
     (options.model / "README.md").write_text(card, encoding="utf-8")

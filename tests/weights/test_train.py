@@ -18,6 +18,7 @@ from engine.model.attention.causal import CausalAttention
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable
 from weights.attention import ShortWindowAttention
+from weights.curve import stretches
 from weights.evaluate import bits_per_byte
 from weights.export import export_weights
 from weights.loss import head_loss, token_losses
@@ -211,3 +212,8 @@ def test_short_window_attention_is_causal_attention(time: int) -> None:
     torch.testing.assert_close(
         ShortWindowAttention(table, 2)(0, qkv), CausalAttention(table, 2)(0, qkv)
     )
+
+
+def test_stretches_are_first_and_last_places() -> None:
+    assert stretches([True, False, True, True]) == [(0, 0), (2, 3)]
+    assert stretches([False]) == []
