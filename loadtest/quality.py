@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engine import LLM, RequestOptions
-from engine.config import CacheConfig
+from engine.config import CacheConfig, DType, Quantize
 from engine.errors import InvalidRequest
 from engine.request import SINK_BLOCKS, Window
 
@@ -129,7 +129,8 @@ def compare(
     info = llm.info
     return {
         "model": {"name": info.model, "parameters": info.num_parameters},
-        "engine": {"dtype": info.dtype, "device": info.device, "attention": info.attention},
+        "engine": {"dtype": info.dtype, "device": info.device, "attention": info.attention}
+        | {"products": info.products},
         "tokens": len(token_ids),
         "contexts": round(len(token_ids) / limit, 1),
         "window_tokens": length,
@@ -143,7 +144,10 @@ def quality(
     model: Annotated[
         Path, typer.Option(help="Model directory.", show_default="the shipped model")
     ] = SAMPLE.parent / "default",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantize: Annotated[
+        Quantize, typer.Option(help="int8: what quantized weights cost; compare with none.")
+    ] = "none",
     threads: Annotated[
         int | None, typer.Option(help="Engine threads.", show_default="one per core")
     ] = None,
@@ -179,7 +183,14 @@ def quality(
         kept = [int(each) for each in sinks.split(",")]
     except ValueError:
         kept = [-1]
-    llm = LLM(model, dtype=dtype, threads=threads, max_num_seqs=BATCH, block_size=block_size)  # type: ignore[arg-type]
+    llm = LLM(
+        model,
+        dtype=dtype,
+        quantize=quantize,
+        threads=threads,
+        max_num_seqs=BATCH,
+        block_size=block_size,
+    )
     num_blocks = llm.info.max_position // block_size
     most = num_blocks - 2
     if most < SINK_BLOCKS:
@@ -203,7 +214,7 @@ def quality(
     if json_file is not None:
         json_file.write_text(output + "\n")
     table = Table(
-        title=f"{document['model']['name']}, {document['engine']['dtype']}: {text.name}, "
+        title=f"{document['model']['name']}, {document['engine']['products']}: {text.name}, "
         f"{document['tokens']} tokens, window {document['window_tokens']}"
     )
     for column in ("context", "tokens", "nats per token", "perplexity", "above anew", "seconds"):
