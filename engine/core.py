@@ -160,13 +160,14 @@ class EngineCore:
                 "max_profiles must be at least 2 for a model whose rope.type is dynamic, got "
                 f"{config.scheduler.max_profiles}"
             )
+        if device.type != "cpu" and config.quantize != "none":
+            raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
+        unsampled = unsampled_ids(model_config, config)
         block_size = config.cache.block_size
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if device.type == "cpu":
             products, obstacle = prepare(model, config.quantize), None
-        elif config.quantize != "none":
-            raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
         else:
             obstacle = prepare_for_cuda(model)
             products = "triton" if obstacle is None else f"torch ({obstacle})"
@@ -194,7 +195,6 @@ class EngineCore:
         masks = None
         if GRAMMARS:
             masks = GrammarMasks(partial(_vocabulary, directory, model_config.eos_token_id))
-        unsampled = unsampled_ids(model_config, config)
         sampler = Sampler(model_config.vocab_size, unsampled, masks)
         self._runner = ModelRunner(model, backend, sampler, batch)
         self._runner.warm_up((1, 2, 8, 64))
