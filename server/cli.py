@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import replace
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,43 +16,30 @@ from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.frontend.process import EngineProcess
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
-from engine.request import SamplingParams
+from server import offline
 from server.chat import ChatTemplate
-from server.conversation import Conversation
 from server.keys import KeyRing, new_key
 from server.listener import check_certificate, listen_all
 from server.options import (
     DeviceOption,
     DTypeOption,
-    FrequencyPenaltyOption,
-    IgnoreEosOption,
     KvMemoryOption,
-    MinPOption,
-    ModelOption,
-    PresencePenaltyOption,
     QuantizeOption,
-    RepetitionPenaltyOption,
-    SeedOption,
     SetOption,
-    StopOption,
-    TemperatureOption,
     TextOption,
     ThreadsOption,
-    TopKOption,
-    TopPOption,
+    model_directory,
     option,
     size_option,
 )
-from server.outcome import FAILED, MISUSED, UNDECIDED, extra, fail, reported
+from server.outcome import FAILED, UNDECIDED, extra, fail, reported
 from server.panel import show
 from server.running import run
 from server.settings import LogFormat, LogLevel, ServerSettings
 from server.sizes import format_size
-from server.talk import talk
 
 SCHEDULER = SchedulerConfig()
 SERVER = ServerSettings()
-SAMPLING = SamplingParams()
 
 app = typer.Typer(
     name="ropeway",
@@ -68,15 +54,6 @@ app = typer.Typer(
 def main() -> None:
     """The `ropeway` command."""
     app()
-
-
-def model_directory(model: Path | None) -> Path:
-    """The directory, or that of the shipped model."""
-    directory = Path(str(resources.files("weights") / "default")) if model is None else model
-    if not directory.is_dir():
-        hint = ": `ropeway convert` makes one of a checkpoint" if directory.exists() else ""
-        fail(f"{directory} is not a model directory{hint}", FAILED)
-    return directory
 
 
 def cache_directory() -> Path:
@@ -255,73 +232,8 @@ def serve(
     run(process, directory, tokenizer, chat, [listener, *others], settings, announce)
 
 
-@app.command()
-def generate(
-    prompt: Annotated[
-        str,
-        typer.Argument(show_envvar=False, help="The text to continue; - reads standard input."),
-    ],
-    *,
-    model: ModelOption = None,
-    max_tokens: Annotated[
-        int, option(help="Tokens to generate; 0: as many as the context has room for.")
-    ] = 128,
-    temperature: TemperatureOption = SAMPLING.temperature,
-    top_k: TopKOption = SAMPLING.top_k,
-    top_p: TopPOption = SAMPLING.top_p,
-    min_p: MinPOption = SAMPLING.min_p,
-    repetition_penalty: RepetitionPenaltyOption = SAMPLING.repetition_penalty,
-    presence_penalty: PresencePenaltyOption = SAMPLING.presence_penalty,
-    frequency_penalty: FrequencyPenaltyOption = SAMPLING.frequency_penalty,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    ignore_eos: IgnoreEosOption = False,
-    device: DeviceOption = "auto",
-    dtype: DTypeOption = "auto",
-    quantize: QuantizeOption = "none",
-    kv_memory: KvMemoryOption = None,
-    threads: ThreadsOption = None,
-) -> None:
-    """Continue a prompt in the terminal, without a server; the speed goes to standard error."""
-    directory = model_directory(model)
-    with reported():
-        params = SamplingParams(
-            max_tokens=max_tokens or None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            stop=tuple(stop or ()),
-            ignore_eos=ignore_eos,
-        )
-        # This loads PyTorch, which the other commands do without.
-        from engine.llm import LLM  # noqa: PLC0415
-
-        llm = LLM(
-            directory,
-            device,
-            dtype,
-            kv_memory,
-            quantize=quantize,
-            threads=threads,
-            max_num_seqs=1,
-        )
-        began = time.monotonic()
-        moments = []
-        if prompt == "-" and sys.stdin is None:
-            fail("- reads standard input, which is closed", MISUSED)
-        text = sys.stdin.read() if prompt == "-" else prompt
-        for delta in llm.stream(text, params):
-            moments.append(time.monotonic())
-            typer.echo(delta.text, nl=False)
-        typer.echo()
-    first, rest = moments[0] - began, moments[-1] - moments[0]
-    speed = f", then {(len(moments) - 1) / rest:.1f} tokens/s" if rest else ""
-    typer.echo(f"{len(moments)} tokens: first after {first:.3f} s{speed}", err=True)
+app.command()(offline.generate)
+app.command()(offline.chat)
 
 
 @app.command()
@@ -336,64 +248,6 @@ def key(
         secret, made = new_key(name, rate, concurrency)
     typer.echo(made.line)
     typer.echo(f"the key of {name}, which is shown only now: {secret}", err=True)
-
-
-@app.command()
-def chat(
-    *,
-    model: ModelOption = None,
-    max_tokens: Annotated[
-        int, option(help="Tokens of an answer; 0: as many as the context has room for.")
-    ] = 256,
-    temperature: TemperatureOption = SAMPLING.temperature,
-    top_k: TopKOption = SAMPLING.top_k,
-    top_p: TopPOption = SAMPLING.top_p,
-    min_p: MinPOption = SAMPLING.min_p,
-    repetition_penalty: RepetitionPenaltyOption = SAMPLING.repetition_penalty,
-    presence_penalty: PresencePenaltyOption = SAMPLING.presence_penalty,
-    frequency_penalty: FrequencyPenaltyOption = SAMPLING.frequency_penalty,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    ignore_eos: IgnoreEosOption = False,
-    device: DeviceOption = "auto",
-    dtype: DTypeOption = "auto",
-    quantize: QuantizeOption = "none",
-    kv_memory: KvMemoryOption = None,
-    threads: ThreadsOption = None,
-) -> None:
-    """Talk with a model in the terminal, without a server; piped in, each line is a turn."""
-    directory = model_directory(model)
-    if sys.stdin is None:
-        fail("standard input is closed", MISUSED)
-    with reported():
-        tokenizer = Tokenizer.from_directory(directory)
-        template = ChatTemplate.from_directory(directory, tokenizer)
-        params = SamplingParams(
-            max_tokens=max_tokens or None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            stop=tuple(stop or template.stop),
-            ignore_eos=ignore_eos,
-        )
-        # This loads PyTorch, which the other commands do without.
-        from engine.llm import LLM  # noqa: PLC0415
-
-        llm = LLM(
-            directory,
-            device,
-            dtype,
-            kv_memory,
-            quantize=quantize,
-            threads=threads,
-            max_num_seqs=1,
-        )
-        talk(Conversation(llm, template, params))
 
 
 FORWARD = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from engine.config import Device, DType, Quantize
+from server.outcome import FAILED, fail
 from server.sizes import parse_size
 
 
@@ -68,3 +70,12 @@ FrequencyPenaltyOption = Annotated[
 SeedOption = Annotated[int | None, option(help="Same seed, same text.")]
 StopOption = Annotated[list[str] | None, option(help="Text that ends the output; may be repeated.")]
 IgnoreEosOption = Annotated[bool, option("--ignore-eos", help="Go on after the model's end token.")]
+
+
+def model_directory(model: Path | None) -> Path:
+    """The directory, or that of the shipped model."""
+    directory = Path(str(resources.files("weights") / "default")) if model is None else model
+    if not directory.is_dir():
+        hint = ": `ropeway convert` makes one of a checkpoint" if directory.exists() else ""
+        fail(f"{directory} is not a model directory{hint}", FAILED)
+    return directory
