@@ -52,7 +52,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
         work()
     times = []
     for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types here
         begin.record()
         work()
         end.record()

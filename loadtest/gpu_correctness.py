@@ -116,7 +116,7 @@ class Case:
         self.qkv = [torch.randn(n, 3 * width, generator=generator).to(dtype) for n in scale.lengths]
         counts = [-(-n // block_size) for n in scale.lengths]
         self.num_blocks = sum(counts) + 1
-        self.tables = torch.randperm(sum(counts), generator=generator).split(counts)  # type: ignore[no-untyped-call]
+        self.tables = torch.randperm(sum(counts), generator=generator).split(counts)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def backend(self, make: type[ReferenceBackend] | partial[TritonBackend]) -> AttentionBackend:
         """Over zeroed pages; the reference's are on the CPU."""

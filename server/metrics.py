@@ -104,7 +104,7 @@ class Metrics:
         self._shown = registry if shared_dir is None else CollectorRegistry()
         self._shown.register(EngineCollector(engine))
         if shared_dir is not None:
-            MultiProcessCollector(self._shown, str(shared_dir))  # type: ignore[no-untyped-call]
+            MultiProcessCollector(self._shown, str(shared_dir))  # type: ignore[no-untyped-call]  # prometheus_client is half typed
         self.requests = Counter(
             "ropeway_requests",
             "Requests by outcome: stop, length, timeout, aborted, error or the code of a refusal.",

@@ -15,7 +15,7 @@ from engine.errors import RequestError
 from server.conversation import Conversation
 
 with suppress(ImportError):  # where there is none, input() has no history
-    import readline  # noqa: F401
+    import readline  # noqa: F401  # importing it is what helps
 
 HELP = "/reset forgets the conversation. Ctrl-C stops an answer, Ctrl-D leaves."
 

@@ -53,7 +53,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtyp
 
     hidden [..., hidden_size], weight [vocabulary, hidden_size] float32, targets [...] int64.
     """
-    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types here
         hidden.flatten(0, -2), weight, targets.flatten(), dtype
     )
     return loss

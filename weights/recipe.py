@@ -47,8 +47,7 @@ def _whole(name: str, value: object, least: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value < high:  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
         limit = f"in [{low:g}, {high:g})" if high < math.inf else f"at least {low:g}"
         raise ConfigError(f"{name} must be a number {limit}, got {value!r}")
 

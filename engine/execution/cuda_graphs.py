@@ -234,6 +234,6 @@ class TokenReader:
         buffer.copy_(self._state.sampled[:num_rows], non_blocking=True)
         if not self._cuda:
             return PendingTokens(buffer, None)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here
         arrived.record()
         return PendingTokens(buffer, arrived)

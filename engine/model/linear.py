@@ -64,7 +64,7 @@ class PackedProduct(Product):
     @staticmethod
     def supports(dtype: torch.dtype) -> bool:
         """Whether this machine's oneDNN has the product for a dtype."""
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch has no types here
             return False
         if dtype == torch.bfloat16:
             return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

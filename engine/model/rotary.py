@@ -26,7 +26,7 @@ XPOS_GAMMA = 0.4  # Sun et al. 2022, arXiv 2212.10554
 
 def broadcat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = -1) -> Tensor:
     """Broadcast tensors against each other, then concatenate them along dim."""
-    return torch.cat(torch.broadcast_tensors(*tensors), dim=dim)  # type: ignore[no-untyped-call]
+    return torch.cat(torch.broadcast_tensors(*tensors), dim=dim)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def apply_rotary_emb(
@@ -342,7 +342,7 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._cached.clear()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cached.clear()

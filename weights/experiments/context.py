@@ -139,7 +139,7 @@ def fine_tuned(
     mixture = Mixture(sources, {name: float(len(t)) for name, t in sources.items()}, seed=1)
     for step in tqdm(range(steps), desc=f"fine-tune {scaling.type}", unit=" steps"):
         loss = _loss(model, attention, *mixture.batch(step, 1, length))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(1 - step / steps)
     return {"config": config.to_dict(), "model": model.state_dict()}

@@ -101,9 +101,8 @@ class Rotary(Encoding):
     def tables(self) -> tuple[RotaryTable, RotaryTable]:
         """Turns by position of queries and of keys."""
         named = dict(self.named_buffers())
-        return tuple(  # type: ignore[return-value]
-            RotaryTable(named[f"{name}_cos"], named[f"{name}_sin"]) for name in ("query", "key")
-        )
+        query = RotaryTable(named["query_cos"], named["query_sin"])
+        return query, RotaryTable(named["key_cos"], named["key_sin"])
 
     def turn(self, query: Tensor, key: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Each turned by its position."""

@@ -100,7 +100,7 @@ class Run:
         """The loss before the step."""
         rows = self.plan.batch_tokens // self.plan.length
         loss = self.loss(*mixture.batch(step, rows, self.plan.length))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step(self.schedule.scale(step))
         return loss.item()

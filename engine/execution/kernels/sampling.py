@@ -80,7 +80,7 @@ def sample(
     for start in range(0, vocab_size, block):
         x = read(logits, allowed, start, vocab_size, block)
         at = start + tl.arange(0, block)
-        nan_or_infinite = (x != x) | (x == float("inf"))  # noqa: PLR0124
+        nan_or_infinite = (x != x) | (x == float("inf"))  # noqa: PLR0124  # Triton has no isnan
         wrong = tl.maximum(wrong, tl.max(nan_or_infinite.to(tl.int32), 0))
         highest = tl.max(x, 0)
         first = tl.min(tl.where(x == highest, at, NO_TOKEN), 0)
