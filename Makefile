@@ -55,8 +55,9 @@ lint: $(VENV)/.dev ## ruff: rules and layout
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
+# Not --quiet: it hides warnings from --strict too.
 docs: $(VENV)/.dev ## the documentation as a site in build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: $(VENV)/.dev ## the tests
 	$(BIN)/pytest -n 2 --dist worksteal -q
