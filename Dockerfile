@@ -1,5 +1,6 @@
 # On the CPU:        docker build -t ropeway .
 # With CUDA:         docker build -t ropeway:cuda --target cuda .
+# The load test:     docker build -t ropeway:loadtest --target loadtest .
 # Run it:            docker run --rm -p 8000:8000 --read-only --tmpfs /tmp ropeway
 # Your own model:    docker run --rm -p 8000:8000 -v ./model:/model:ro ropeway serve /model
 # Baked in instead:  printf 'FROM ropeway\nCOPY . /model\nCMD ["serve", "/model"]\n' \
@@ -13,12 +14,23 @@
 ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS builder
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/ropeway
 ENV PATH=/opt/ropeway/bin:$PATH
 WORKDIR /src
+
+# The package with its compiled kernel, which needs no PyTorch to be built.
+FROM builder AS wheel
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+COPY locks/build.txt locks/
+RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/build.txt
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY engine engine
+COPY server server
+COPY weights weights
+COPY loadtest loadtest
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM builder AS build-cpu
 # The CPU build of PyTorch is a tenth as large; PyPI's own brings CUDA.
@@ -32,26 +44,21 @@ RUN pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" "${TORCH}"
     && find bin -type f ! -name torch_shm_manager -delete
 COPY locks/cpu.txt locks/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/cpu.txt
-COPY pyproject.toml setup.py README.md LICENSE ./
-COPY engine engine
-COPY server server
-COPY weights weights
-COPY loadtest loadtest
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
-    && pip check \
-    && pip uninstall --yes pip
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip check && pip uninstall --yes pip
 
 FROM builder AS build-cuda
 COPY locks/cuda.txt locks/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/cuda.txt
-COPY pyproject.toml setup.py README.md LICENSE ./
-COPY engine engine
-COPY server server
-COPY weights weights
-COPY loadtest loadtest
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
-    && pip check \
-    && pip uninstall --yes pip
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip check && pip uninstall --yes pip
+
+# Loads a server elsewhere over HTTP, so without PyTorch, which `pip check` would miss.
+FROM builder AS build-loadtest
+COPY locks/loadtest.txt locks/
+RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/loadtest.txt
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip uninstall --yes pip
 
 # The same base as the builders', so the same Python at the same path: an environment can be copied.
 FROM ${BASE} AS runtime
@@ -82,6 +89,13 @@ ENV TRITON_CACHE_DIR=/tmp/triton \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/ropeway /opt/ropeway
 USER ropeway
+
+FROM runtime AS loadtest
+COPY --from=build-loadtest /opt/ropeway /opt/ropeway
+USER ropeway
+HEALTHCHECK NONE
+ENTRYPOINT ["ropeway", "loadtest"]
+CMD ["--help"]
 
 # The last is what `docker build` makes by itself.
 FROM runtime AS cpu

@@ -95,13 +95,17 @@ ray-proof: $(VENV)/.dev ## two replicas on Ray: one killed, both replaced, under
 
 # Where PyTorch's CPU wheels are for uv: their index, or a folder (LOCK_TORCH="--find-links DIR").
 LOCK_TORCH ?= --index $(TORCH_INDEX) --index-strategy unsafe-best-match
-LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
+LOCK = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
   --generate-hashes --no-emit-find-links --custom-compile-command "make lock"
+SERVER = pyproject.toml --extra grammar --extra otel
 
-lock: $(VENV)/.created ## locks/cpu.txt and locks/cuda.txt: every package with its hashes
+lock: $(VENV)/.created ## locks/*.txt: every package of every image with its hashes
 	$(BIN)/pip install --quiet uv
-	echo "$(TORCH)+cpu" | $(LOCK) $(LOCK_TORCH) --constraint - --no-emit-package torch -o locks/cpu.txt
-	echo "$(TORCH)" | $(LOCK) --constraint - -o locks/cuda.txt
+	echo "$(TORCH)+cpu" | $(LOCK) $(SERVER) $(LOCK_TORCH) --constraint - --no-emit-package torch -o locks/cpu.txt
+	echo "$(TORCH)" | $(LOCK) $(SERVER) --constraint - -o locks/cuda.txt
+	echo "torch; python_version < '3'" | $(LOCK) pyproject.toml --extra loadtest --override - \
+	  --constraint locks/cpu.txt -o locks/loadtest.txt
+	echo "setuptools>=77" | $(LOCK) - --constraint locks/cpu.txt -o locks/build.txt
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info engine/model/attention/*.so

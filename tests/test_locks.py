@@ -12,7 +12,9 @@ from packaging.requirements import Requirement
 from proofs.common import TORCH
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+SERVED = ["grammar", "otel"]
 
 
 def locked(name: str) -> dict[str, list[str]]:
@@ -24,29 +26,43 @@ def locked(name: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_a_lock_is_that_of_the_project(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "extras"), [("cpu", SERVED), ("cuda", SERVED), ("loadtest", ["loadtest"])]
+)
+def test_a_lock_is_that_of_the_project(name: str, extras: list[str]) -> None:
     versions = locked(name)
-    for text in PROJECT["dependencies"]:
+    wanted = [*PROJECT["dependencies"]]
+    for extra in extras:
+        wanted += PROJECT["optional-dependencies"][extra]
+    for text in wanted:
         requirement = Requirement(text)
-        if (name, requirement.name) == ("cpu", "torch"):
-            assert "torch" not in versions  # from an index of its own, without its hash
+        if requirement.name == "torch" and name != "cuda":
+            assert "torch" not in versions  # from an index of its own, or not at all
             continue
         assert requirement.name in versions, f"{requirement.name} is not in locks/{name}.txt"
         for version in versions[requirement.name]:
             assert version in requirement.specifier, f"{requirement.name} {version}: make lock"
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_every_package_has_hashes(name: str) -> None:
+def test_the_lock_of_the_build_is_that_of_the_project() -> None:
+    (version,) = locked("build")["setuptools"]
+    (text,) = PYPROJECT["build-system"]["requires"]
+    assert version in Requirement(text).specifier
+    assert f'"{text}"' in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize(("name", "least"), [("cpu", 50), ("cuda", 70), ("loadtest", 50)])
+def test_every_package_has_hashes(name: str, least: int) -> None:
     blocks = re.split(r"^(?=\S)", (ROOT / "locks" / f"{name}.txt").read_text(), flags=re.M)
     packages = [block for block in blocks if "==" in block.partition("\n")[0]]
-    assert len(packages) > 30
+    assert len(packages) > least
     assert all("--hash=sha256:" in block for block in packages)
 
 
 def test_only_the_lock_with_cuda_has_cuda() -> None:
-    assert not [name for name in locked("cpu") if name.startswith(("nvidia-", "cuda-", "triton"))]
+    for lock in ("cpu", "loadtest"):
+        found = locked(lock)
+        assert not [name for name in found if name.startswith(("nvidia-", "cuda-", "triton"))]
     assert "nvidia-cublas" in locked("cuda")
 
 
