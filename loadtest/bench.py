@@ -22,8 +22,8 @@ from loadtest import startup as starting
 from loadtest import streams as running
 from loadtest import waiting
 from loadtest.chaos import chaos
-from loadtest.client import Unmeasurable
 from loadtest.determinism import Load, compare
+from loadtest.errors import Unmeasurable
 from loadtest.quality import quality
 from loadtest.report import report
 from loadtest.workload import Workload
@@ -174,18 +174,10 @@ def serve(
     json_file: Json = None,
 ) -> None:
     """Clients of a server: first tokens, gaps, tokens a second; a long prompt arrives; memory."""
+    shape = (prompt_tokens, output_tokens)
     with measuring(repeats + 1) as progress:
         content = serving.measure(
-            model,
-            dtype,
-            threads,
-            url,
-            streams,
-            prompt_tokens,
-            output_tokens,
-            arrival_tokens,
-            repeats,
-            progress,
+            model, dtype, threads, url, streams, shape, arrival_tokens, repeats, progress
         )
     report(content, serving.COLUMNS, json_file)
     if memory := content.get("memory"):
@@ -214,17 +206,10 @@ def queue(
     json_file: Json = None,
 ) -> None:
     """Whether the streams that run are slowed by the requests that wait."""
+    shape = (prompt_tokens, output_tokens)
     with measuring(repeats + 1) as progress:
         content = waiting.measure(
-            model,
-            dtype,
-            threads,
-            streams,
-            waiting_requests,
-            prompt_tokens,
-            output_tokens,
-            repeats,
-            progress,
+            model, dtype, threads, streams, waiting_requests, shape, repeats, progress
         )
     report(content, waiting.COLUMNS, json_file)
 

@@ -10,11 +10,8 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from loadtest.errors import Unmeasurable
 from loadtest.workload import Measured, Workload
-
-
-class Unmeasurable(Exception):
-    """A server that cannot be reached, refuses, or does not send what was asked for."""
 
 
 class Dialect(Protocol):

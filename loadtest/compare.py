@@ -28,7 +28,8 @@ from rich.progress import Progress
 
 from engine.errors import RopewayError
 from loadtest.bench import DEFAULT_MODEL, counts
-from loadtest.client import Unmeasurable, run_http
+from loadtest.client import run_http
+from loadtest.errors import Unmeasurable
 from loadtest.figures import ranged, spread
 from loadtest.gguf import KINDS, Kind, write_gguf
 from loadtest.machine import Machine, Others, doubt

@@ -5,7 +5,8 @@ from __future__ import annotations
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.client import Unmeasurable, session
+from loadtest.client import session
+from loadtest.errors import Unmeasurable
 
 PREFIX = "ropeway_"
 

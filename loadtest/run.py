@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +16,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from loadtest.errors import Unmeasurable
 from loadtest.load_report import Report
-from loadtest.local import local_server
 from loadtest.points import Bounds, Point, find_knee
 from loadtest.scenarios import SCENARIOS
+from loadtest.servers import check_reachable, ropeway
 from loadtest.stream import Generation
 
 RAMP = "ramp"
@@ -26,7 +28,9 @@ BELOW_KNEE = 0.6
 LEAST_REQUESTS = 8
 """Fewer in the counted seconds would say nothing of 95 % of them: the ramp goes no lower."""
 
-TERMINATED = 128 + signal.SIGTERM
+BROKEN, UNMEASURED, TERMINATED = 1, 3, 128 + signal.SIGTERM
+"""Exit codes, besides 0 and that of misuse, 2."""
+
 SOURCES = 8
 """Locust users of a run; their sum is a Poisson process again, however many they are."""
 
@@ -34,14 +38,10 @@ LOCUSTFILE = Path(__file__).parent / "locustfile.py"
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-class LocustFailed(RuntimeError):
-    """Locust itself did not do its work."""
-
-
 def run_locust(
     url: str, scenario: str, rate: float, seconds: float, context: int, workers: int
 ) -> list[Generation]:
-    """One headless run of Locust, until its last request has ended. Raises LocustFailed."""
+    """One headless run of Locust, until its last request has ended. Raises Unmeasurable."""
     with tempfile.TemporaryDirectory(prefix="ropeway-load-") as folder:
         records = Path(folder) / "records.json"
         command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
@@ -56,8 +56,36 @@ def run_locust(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
         if done.returncode or not records.exists():
-            raise LocustFailed(f"locust ended with status {done.returncode}:\n{done.stdout}")
+            raise Unmeasurable(f"locust ended with status {done.returncode}:\n{done.stdout}")
         return [Generation(**each) for each in json.loads(records.read_text())]
+
+
+def fill(
+    report: Report,
+    names: Sequence[str],
+    run: Callable[[str, float], tuple[Point, list[Generation]]],
+    rate: float | None,
+    start_rate: float,
+    least: float,
+) -> None:
+    """The ramp and the scenarios of these names, into the report.
+
+    run: a scenario at so many requests/s. rate: of the scenarios, None for BELOW_KNEE of the
+    knee's. least: requests/s below which a run says nothing.
+    """
+    run("steady", start_rate)  # warms up; counts nowhere
+    if RAMP in names:
+        report.knee = find_knee(
+            lambda at: run("steady", at)[0], report.bounds, start_rate, least=least
+        )
+        knee = report.knee.point or report.knee.points[0]
+        rate = rate or max(BELOW_KNEE * knee.rate, least)
+    assert rate is not None
+    for name in names:
+        if name != RAMP:
+            point, generations = run(name, rate)
+            report.runs.append(point)
+            report.generations[name] = generations
 
 
 @app.command()
@@ -91,7 +119,8 @@ def loadtest(
 ) -> None:
     """Find the highest rate that keeps the bounds, then try each scenario below it.
 
-    Leaves index.html, points.csv and requests.csv. The exit code is 1 where a bound is not kept.
+    Leaves index.html, points.csv and requests.csv. The exit code is 1 where a bound is not kept,
+    and 3 where nothing could be measured.
     """
     names = scenario or [RAMP, *SCENARIOS]
     for name in names:
@@ -120,42 +149,34 @@ def loadtest(
     }
     report = Report(bounds, notes, least_rate=slo_rate)
 
-    with ExitStack() as stack:
-        url = host or stack.enter_context(local_server(serve.split()))
+    try:
+        with ExitStack() as stack:
+            url = host.rstrip("/") if host else stack.enter_context(ropeway(*serve.split())).url
+            check_reachable(url)
 
-        def run(name: str, at: float) -> tuple[Point, list[Generation]]:
-            generations = run_locust(url, name, at, warmup + seconds, context, workers)
-            point = Point.of(at, warmup, seconds, generations)
-            broken = point.broken(bounds)
-            console.print(
-                f"{name:9} {at:7.2f} requests/s: {point.tokens_per_s:6.0f} tokens/s, "
-                f"p95 TTFT {point.ttft[1]:6.0f} ms, p95 inter-token {point.itl[1]:5.1f} ms  "
-                + ("; ".join(broken) or "kept"),
-                highlight=False,
-                soft_wrap=True,
-            )
-            return point, generations
+            def run(name: str, at: float) -> tuple[Point, list[Generation]]:
+                generations = run_locust(url, name, at, warmup + seconds, context, workers)
+                point = Point.of(at, warmup, seconds, generations)
+                broken = point.broken(bounds)
+                console.print(
+                    f"{name:9} {at:7.2f} requests/s: {point.tokens_per_s:6.0f} tokens/s, "
+                    f"p95 TTFT {point.ttft[1]:6.0f} ms, p95 inter-token {point.itl[1]:5.1f} ms  "
+                    + ("; ".join(broken) or "kept"),
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                return point, generations
 
-        run("steady", start_rate)  # warms up; counts nowhere
-        if RAMP in names:
-            report.knee = find_knee(
-                lambda at: run("steady", at)[0], bounds, start_rate, least=LEAST_REQUESTS / seconds
-            )
-            if rate is None:
-                knee = report.knee.point or report.knee.points[0]
-                rate = max(BELOW_KNEE * knee.rate, LEAST_REQUESTS / seconds)
-        assert rate is not None
-        for name in names:
-            if name != RAMP:
-                point, generations = run(name, rate)
-                report.runs.append(point)
-                report.generations[name] = generations
+            fill(report, names, run, rate, start_rate, LEAST_REQUESTS / seconds)
+    except Unmeasurable as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(UNMEASURED) from error
     report.write(out)
     for line in [*report.warnings, *report.failures]:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"the report: {out / 'index.html'}", highlight=False, soft_wrap=True)
     if report.failures:
-        raise typer.Exit(1)
+        raise typer.Exit(BROKEN)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import CacheConfig, DType
-from loadtest.client import ROPEWAY, Unmeasurable, run_http, session, stream, together
+from loadtest.client import ROPEWAY, run_http, session, stream, together
+from loadtest.errors import Unmeasurable
 from loadtest.figures import figures, ranged, share, spread
 from loadtest.gauges import read_gauges
 from loadtest.machine import Machine, Others
@@ -117,36 +118,36 @@ def measure(
     threads: int | None,
     url: str | None,
     streams: Sequence[int],
-    prompt_tokens: int,
-    output_tokens: int,
+    shape: tuple[int, int],
     arrival_tokens: int,
     repeats: int,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Streams in turns, and the largest number of them with and without a long prompt's arrival.
 
-    url: a server of `model` that runs already; else one is started. progress: called repeats + 1
-    times. Raises Unmeasurable for a server that cannot be reached or fails.
+    url: a server of `model` that runs already; else one is started. shape: tokens of each prompt
+    and of each output. progress: called repeats + 1 times. Raises Unmeasurable for a server that
+    cannot be reached or fails.
     """
     others = Others()
     sizes = Sizes.of(model, dtype)
-    workloads = [Workload(n, prompt_tokens, output_tokens, sizes.vocab_size) for n in streams]
-    if prompt_tokens + output_tokens > sizes.max_position + 1:
+    workloads = [Workload(n, *shape, sizes.vocab_size) for n in streams]
+    if sum(shape) > sizes.max_position + 1:
         raise Unmeasurable(
-            f"prompt_tokens + output_tokens is {prompt_tokens + output_tokens}; "
+            f"prompt_tokens + output_tokens is {sum(shape)}; "
             f"the model's context is {sizes.max_position}"
         )
-    if output_tokens <= SETTLED:
-        raise Unmeasurable(f"output_tokens must exceed {SETTLED}, got {output_tokens}")
+    if shape[1] <= SETTLED:
+        raise Unmeasurable(f"output_tokens must exceed {SETTLED}, got {shape[1]}")
     arrival = Arrival(
-        Workload(max(streams), prompt_tokens, output_tokens, sizes.vocab_size, seed=2),
+        Workload(max(streams), *shape, sizes.vocab_size, seed=2),
         min(arrival_tokens, sizes.max_position - 1),
     )
     machine = Machine.measure(threads)
     more: dict[str, Any] = {}
 
     def run(url: str) -> list[dict[str, Any]]:
-        asyncio.run(check_reachable(url))
+        check_reachable(url)
         runs: dict[int, list[Measured]] = {count: [] for count in streams}
         gaps: dict[bool, list[float]] = {False: [], True: []}
         for repeat in range(repeats + 1):
@@ -186,7 +187,7 @@ def measure(
     else:
         options = ["--dtype", sizes.dtype]
         options += ["--threads", str(threads)] if threads is not None else []
-        with ropeway(model, options) as server:
+        with ropeway(model, *options) as server:
             results = run(server.url)
             memory = memory_of(server, sizes)
             more["memory"] = None if memory is None else asdict(memory)

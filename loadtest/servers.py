@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, build_opener
 
-import aiohttp
 import psutil
 
-from loadtest.client import Unmeasurable, session
+from loadtest.errors import Unmeasurable
 
 READY_SECONDS = 300.0
 STOP_SECONDS = 30.0
+ANSWER_SECONDS = 5.0
 OTHER_FILES = 200
 PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 
@@ -98,7 +99,7 @@ def started(
             process_group=0,
         )
         try:
-            asyncio.run(_wait_ready(url + ready, process))
+            _wait_ready(url + ready, process)
             yield Server(url, process, time.perf_counter() - start)
         finally:
             process.terminate()
@@ -110,35 +111,41 @@ def started(
 
 
 @contextmanager
-def ropeway(model: Path, options: Sequence[str] = ()) -> Iterator[Server]:
-    """`ropeway serve MODEL` with these options."""
+def ropeway(*arguments: str | Path) -> Iterator[Server]:
+    """`ropeway serve ARGUMENTS`: a model, if it is not the shipped one, and options."""
     port = free_port()
-    command = [sys.executable, "-P", "-m", "server.cli", "serve", str(model)]
-    with started([*command, "--port", str(port), *options], port, "/ready") as server:
+    command = [sys.executable, "-P", "-m", "server.cli", "serve", *map(str, arguments)]
+    with started([*command, "--port", str(port)], port, "/ready") as server:
         yield server
 
 
-async def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+def _get(url: str) -> tuple[int, str]:
+    """Status and body, by no proxy. OSError where nobody answers, ValueError where it is no URL."""
+    try:
+        with build_opener(ProxyHandler({})).open(url, timeout=ANSWER_SECONDS) as response:
+            return response.status, response.read().decode()
+    except HTTPError as refusal:
+        with refusal:
+            return refusal.code, refusal.read().decode()
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + READY_SECONDS
-    async with session() as http:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise Unmeasurable(f"the server ended with status {process.returncode}")
-            try:
-                async with http.get(url) as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.02)
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise Unmeasurable(f"the server ended with status {process.returncode}")
+        with suppress(OSError):
+            if _get(url)[0] == 200:
+                return
+        time.sleep(0.02)
     raise Unmeasurable(f"{url} was not ready within {READY_SECONDS:.0f} s")
 
 
-async def check_reachable(url: str) -> None:
+def check_reachable(url: str) -> None:
     """Raises Unmeasurable unless a server answers there that it is ready."""
     try:
-        async with session() as http, http.get(f"{url}/ready") as response:
-            if response.status != 200:
-                raise Unmeasurable(f"{url}/ready: {response.status}: {await response.text()}")
-    except (aiohttp.ClientError, ValueError) as error:
+        status, body = _get(f"{url}/ready")
+    except (OSError, ValueError) as error:
         raise Unmeasurable(f"no server can be reached at {url}: {error}") from error
+    if status != 200:
+        raise Unmeasurable(f"{url}/ready: {status}: {body}")

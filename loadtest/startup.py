@@ -53,7 +53,7 @@ def measure(
         subprocess.run([sys.executable, "-P", "-c", "import torch"], check=True)
         seconds["import torch"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        with ropeway(model, options) as server:
+        with ropeway(model, *options) as server:
             seconds["ready"].append(server.ready_s)
             workload = Workload(1, 8, 2, sizes.vocab_size)
             measured = asyncio.run(run_http(server.url, workload, repeat))

@@ -53,7 +53,7 @@ def measure(
     options = ["--dtype", info.dtype, "--threads", str(info.threads)]
     results = []
     with ExitStack() as stack:
-        server = stack.enter_context(ropeway(model, options)) if http else None
+        server = stack.enter_context(ropeway(model, *options)) if http else None
         for workload in workloads:
             runs: dict[str, list[Measured]] = {"offline": []}
             if server is not None:

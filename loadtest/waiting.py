@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import DType
-from loadtest.client import ROPEWAY, Unmeasurable, session, stream
+from loadtest.client import ROPEWAY, session, stream
+from loadtest.errors import Unmeasurable
 from loadtest.figures import ranged, share, spread
 from loadtest.gauges import read_gauges
 from loadtest.machine import Machine, Others
@@ -97,25 +98,25 @@ def measure(
     threads: int | None,
     streams: int,
     queues: Sequence[int],
-    prompt_tokens: int,
-    output_tokens: int,
+    shape: tuple[int, int],
     repeats: int,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """A server with `streams` seats, all taken, and each number of waiting requests in turns.
 
-    progress: called repeats + 1 times. Raises Unmeasurable.
+    shape: tokens of each prompt and of each output. progress: called repeats + 1 times.
+    Raises Unmeasurable.
     """
     others = Others()
     sizes = Sizes.of(model, dtype)
-    workload = Workload(streams, prompt_tokens, output_tokens, sizes.vocab_size)
+    workload = Workload(streams, *shape, sizes.vocab_size)
     machine = Machine.measure(threads)
     rates: dict[int, list[float]] = {count: [] for count in queues}
     options = ["--dtype", sizes.dtype, "--max-num-seqs", str(streams)]
     options += ["--max-queue", str(max(1, *queues) + streams)]
     options += ["--threads", str(threads)] if threads is not None else []
     allow_connections(streams + max(queues))
-    with ropeway(model, options) as server:
+    with ropeway(model, *options) as server:
         for repeat in range(repeats + 1):
             for place, count in enumerate(queues if repeat % 2 else reversed(queues)):
                 seed = repeat * len(queues) + place  # another set of prompts: none is cached
@@ -130,8 +131,8 @@ def measure(
         result: dict[str, Any] = {
             "waiting": count,
             "streams": streams,
-            "prompt_tokens": prompt_tokens,
-            "output_tokens": output_tokens,
+            "prompt_tokens": workload.prompt_tokens,
+            "output_tokens": workload.output_tokens,
             "decode_tokens_per_s": spread(each),
             "of_none_waiting": round(rate / none, 3),
         }

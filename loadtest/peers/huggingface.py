@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loadtest.client import Unmeasurable
+from loadtest.errors import Unmeasurable
 from loadtest.peers.base import Rates
 from loadtest.workload import Measured, Workload
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loadtest.client import LlamaCpp, Unmeasurable
+from loadtest.client import LlamaCpp
+from loadtest.errors import Unmeasurable
 from loadtest.peers.base import Rates, Reached
 from loadtest.servers import free_port, started
 from loadtest.workload import Workload

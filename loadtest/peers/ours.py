@@ -44,5 +44,5 @@ class OursServing:
     @contextmanager
     def serve(self) -> Iterator[Reached]:
         """See Serving."""
-        with ropeway(self._model, self._options) as server:
+        with ropeway(self._model, *self._options) as server:
             yield Reached(server.url, ROPEWAY)

@@ -87,7 +87,7 @@ def test_serve_starts_a_server(tiny_model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_serve_uses_a_running_server(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with ropeway(tiny_model_dir, ["--threads", "1"]) as server:
+    with ropeway(tiny_model_dir, "--threads", "1") as server:
         document, _ = run(
             tiny_model_dir, tmp_path, "serve", "--url", server.url, "--streams", "2", *SHORT
         )

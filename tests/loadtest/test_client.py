@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from loadtest.client import ROPEWAY, Dialect, LlamaCpp, OpenAI, Unmeasurable, run_http
+from loadtest.client import ROPEWAY, Dialect, LlamaCpp, OpenAI, run_http
+from loadtest.errors import Unmeasurable
 from loadtest.workload import Workload
 
 # as llama-server and vLLM send them, shortened; the second line of each brings two tokens

@@ -10,8 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from loadtest import compare as comparison
-from loadtest.client import Unmeasurable
 from loadtest.compare import _rows, main
+from loadtest.errors import Unmeasurable
 from loadtest.peers.base import rotated
 from loadtest.peers.llama_cpp import LlamaBatchedBench
 from loadtest.workload import Workload
