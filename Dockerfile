@@ -30,7 +30,7 @@ COPY engine engine
 COPY server server
 COPY weights weights
 COPY loadtest loadtest
-RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 FROM builder AS build-cpu
 # The CPU build of PyTorch is a tenth as large; PyPI's own brings CUDA.
@@ -44,21 +44,21 @@ RUN pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" "${TORCH}"
     && find bin -type f ! -name torch_shm_manager -delete
 COPY locks/cpu.txt locks/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/cpu.txt
-COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip check && pip uninstall --yes pip
+COPY --from=wheel /src/dist dist
+RUN pip install --no-cache-dir --no-deps dist/*.whl && pip check && pip uninstall --yes pip
 
 FROM builder AS build-cuda
 COPY locks/cuda.txt locks/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/cuda.txt
-COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip check && pip uninstall --yes pip
+COPY --from=wheel /src/dist dist
+RUN pip install --no-cache-dir --no-deps dist/*.whl && pip check && pip uninstall --yes pip
 
 # Loads a server elsewhere over HTTP, so without PyTorch, which `pip check` would miss.
 FROM builder AS build-loadtest
 COPY locks/loadtest.txt locks/
 RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/loadtest.txt
-COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir --no-deps /wheels/*.whl && pip uninstall --yes pip
+COPY --from=wheel /src/dist dist
+RUN pip install --no-cache-dir --no-deps dist/*.whl && pip uninstall --yes pip
 
 # The same base as the builders', so the same Python at the same path: an environment can be copied.
 FROM ${BASE} AS runtime

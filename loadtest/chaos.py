@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from engine import LLM, Completion, RequestOptions, SamplingParams
 from engine.messages import EngineReady
+from loadtest.servers import free_port
 from loadtest.victim import Footprint, Victim, victim
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "weights" / "default"
@@ -421,13 +422,6 @@ async def run(
         "failed": reasons,
         "verdict": "FAIL" if reasons else "PASS",
     }
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def chaos(

@@ -168,7 +168,7 @@ def loadtest(
                 return point, generations
 
             fill(report, names, run, rate, start_rate, LEAST_REQUESTS / seconds)
-    except Unmeasurable as error:
+    except (Unmeasurable, ValueError) as error:  # ValueError: no request came
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(UNMEASURED) from error
     report.write(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -55,6 +56,13 @@ def local_torch(folder: Path, version: str) -> Path | None:
         return None
     (wheel,) = folder.iterdir()
     return wheel
+
+
+def free_port() -> int:
+    """A port of this machine that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def expect(what: str, holds: bool, found: object = "") -> None:

@@ -17,21 +17,24 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-from proofs.common import ROOT, Failed, call, expect, local_torch
+from proofs.common import ROOT, Failed, call, expect, free_port, local_torch
 
 BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 LIMIT_BYTES = 1_200_000_000
 CUDA_NAMES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libtorch_cuda", "nvidia_")
+SERVED = "serves, is checked, drains and stops"
 START_SECONDS = 60.0
 DRAIN_SECONDS = 180
 HOST_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -42,8 +45,8 @@ class Buildah:
 
     def __init__(self, work: Path) -> None:
         """work: an empty folder with room for some gigabytes."""
-        self._options = ("--storage-driver", "vfs", "--root", work / "storage")
-        self._options += ("--runroot", work / "run")
+        storage = ("--storage-driver", "vfs", "--root", work / "storage")
+        self._options: tuple[str | Path, ...] = (*storage, "--runroot", work / "run")
 
     def __call__(self, *arguments: str | Path, log: Path | None = None) -> str:
         """One command's output, without the white space around it."""
@@ -93,7 +96,7 @@ class Image:
     """root: its files, mounted; config: what it says of itself, as Docker has it."""
 
     root: Path
-    config: dict[str, object]
+    config: dict[str, Any]
 
     @property
     def environment(self) -> list[str]:
@@ -107,12 +110,10 @@ class Image:
     @property
     def healthcheck(self) -> list[str]:
         """The command of HEALTHCHECK, without its CMD."""
-        check = self.config["Healthcheck"]
-        assert isinstance(check, dict)
-        kind, *command = check["Test"]
+        kind, *command = self.config["Healthcheck"]["Test"]
         if kind != "CMD":
             raise Failed(f"HEALTHCHECK is {kind}, not CMD: it would need a shell")
-        return command
+        return list(command)
 
     @property
     def size(self) -> int:
@@ -131,16 +132,24 @@ class Image:
         return [path.name for path in self.root.rglob("*") if path.name.startswith(beginnings)]
 
     def _list(self, key: str) -> list[str]:
-        value = self.config.get(key) or []
-        assert isinstance(value, list)
-        return value
+        return list(self.config.get(key) or [])
 
 
 class Container:
     """A started image. Its process is number 1 inside."""
 
-    def __init__(self, image: Image, port: int, log: Path, *arguments: str, **volumes: Path):
-        """arguments: in place of the image's CMD; volumes: read-only, by folder under the root."""
+    def __init__(
+        self,
+        image: Image,
+        port: int,
+        log: Path,
+        *arguments: str,
+        writable: Sequence[str] = (),
+        **volumes: Path,
+    ) -> None:
+        """arguments: in place of the image's CMD; volumes: by folder under the root, read-only
+        unless they are named in writable.
+        """
         self.port = port
         self._image = image
         self._user = str(image.config["User"])
@@ -153,7 +162,8 @@ class Container:
         ]
         for name, source in volumes.items():
             mounts.append(f"mount --bind {source} {entry}/{name}")
-            mounts.append(f"mount -o remount,bind,ro {entry}/{name}")
+            if name not in writable:
+                mounts.append(f"mount -o remount,bind,ro {entry}/{name}")
         mounts.append(f"mount -o remount,bind,ro {entry}")
         # Options as variables; a slow machine may take longer than 30 s to end a stream.
         ours = [f"ROPEWAY_SERVE_PORT={port}", f"ROPEWAY_SERVE_DRAIN_TIMEOUT={DRAIN_SECONDS}"]
@@ -238,12 +248,11 @@ class Container:
 
 
 @contextmanager
-def started(image: Image, log: Path, *arguments: str, **volumes: Path) -> Iterator[Container]:
-    """A container on a free port, gone afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    container = Container(image, port, log, *arguments, **volumes)
+def started(
+    image: Image, log: Path, *arguments: str, writable: Sequence[str] = (), **volumes: Path
+) -> Iterator[Container]:
+    """A container on a free port, gone afterwards. As Container has it."""
+    container = Container(image, free_port(), log, *arguments, writable=writable, **volumes)
     try:
         yield container
     finally:
@@ -288,6 +297,52 @@ def try_image(image: Image, work: Path) -> None:
         expect("it stops when idle", status == 0, f"status {status}")
 
 
+class Played(BaseHTTPRequestHandler):
+    """As much of a server as the load test asks of one: a token, and the end."""
+
+    STREAM = b'event: token\ndata: {}\n\nevent: done\ndata: {"usage":{"cached_tokens":0}}\n\n'
+
+    def do_GET(self) -> None:
+        """/ready."""
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        """/tokenize and /generate."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(self.STREAM if self.path == "/generate" else b'{"token_ids": [1, 2, 3]}')
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def try_loadtest(image: Image, work: Path) -> None:
+    """Load a server that is only played, with two Locust workers. Raises Failed."""
+    played = ThreadingHTTPServer(("127.0.0.1", 0), Played)
+    threading.Thread(target=played.serve_forever, daemon=True).start()
+    report = work / "report"
+    report.mkdir()
+    report.chmod(0o777)
+    (image.root / "report").mkdir()
+    host = f"http://127.0.0.1:{played.server_address[1]}"
+    load = "--scenario steady --rate 20 --start-rate 20 --seconds 1 --warmup 0 --workers 2"
+    arguments = ["--host", host, "--out", "/report", *load.split()]
+    log = work / "loadtest.log"
+    with started(image, log, *arguments, writable=("report",), report=report) as container:
+        status = container.wait()
+        expect(
+            "a load test ends within its bounds", status == 0, f"status {status}\n{log.read_text()}"
+        )
+    played.shutdown()
+    size = (report / "index.html").stat().st_size
+    expect("its report is there", "All bounds" in (report / "index.html").read_text(), size)
+
+
 def prove(work: Path, target: str, suite: str) -> None:
     """Build and try. Raises Failed."""
     buildah = Buildah(work)
@@ -321,7 +376,7 @@ def prove(work: Path, target: str, suite: str) -> None:
         expect("no CUDA library is in it", not found, ", ".join(found))
     else:
         expect("the image was built", True, f"{size / 1e6:,.0f} MB without weights")
-    try_image(image, work)
+    (try_loadtest if target == "loadtest" else try_image)(image, work)
 
 
 class Stopwatch:
@@ -341,7 +396,7 @@ class Stopwatch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: proved; 1: not; 2: cannot be tried here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--target", choices=("cpu", "cuda", "loadtest"), default="cpu")
     parser.add_argument("--suite", default="bookworm", help="Debian's, for the base image")
     parser.add_argument("--work", type=Path, default=Path("/var/tmp"), help="gigabytes of room")
     parser.add_argument("--keep", action="store_true", help="leave the folder with image and logs")
@@ -362,7 +417,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             Buildah(work).remove_all()
             shutil.rmtree(work)
-    print("proved: the Dockerfile builds, and the image serves, is checked, drains and stops")
+    done = "loads a server and reports" if options.target == "loadtest" else SERVED
+    print(f"proved: the Dockerfile's target {options.target} builds, and the image {done}")
     return 0
 
 

@@ -13,7 +13,6 @@ import http.client
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from proofs.common import ROOT, TORCH, Failed, call, expect, local_torch
+from proofs.common import ROOT, TORCH, Failed, call, expect, free_port, local_torch
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 ROOMS = ("engine", "server", "weights", "loadtest")
@@ -75,9 +74,7 @@ def prove(work: Path, torch_index: str) -> None:
 
 def serve(folder: Path, ropeway: Path, environment: dict[str, str]) -> None:
     """Start it, ask it, stop it. Raises Failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [str(ropeway), "serve", "--port", str(port)],
         cwd=folder,

@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import random
-import socket
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from ray.util import list_named_actors
 
 from loadtest.scenarios import Lengths, Scenario
 from loadtest.stream import OK, Client, Generation
-from proofs.common import ROOT, Failed, expect
+from proofs.common import ROOT, Failed, expect, free_port
 from server.ray_app import build
 
 MODEL = str(ROOT / "weights" / "default")
@@ -37,13 +36,7 @@ KV_MEMORY = 96 << 20
 """Of each replica: about 200 pages, where 64 beginnings of 256 tokens take 256."""
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-PORT = _free_port()
+PORT = free_port()
 
 
 @dataclass
