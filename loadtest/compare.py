@@ -32,7 +32,8 @@ from loadtest.client import run_http
 from loadtest.errors import Unmeasurable
 from loadtest.figures import ranged, spread
 from loadtest.gguf import KINDS, Kind, write_gguf
-from loadtest.machine import Machine, Others, doubt
+from loadtest.machine import Machine
+from loadtest.others import Others, doubt
 from loadtest.peers import huggingface
 from loadtest.peers.base import Absent, Offline, Reached, Serving, rotated
 from loadtest.peers.llama_cpp import LlamaBatchedBench, LlamaServer

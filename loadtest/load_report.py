@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from loadtest.points import SHARES, Bounds, Knee, Point
 from loadtest.scenarios import SCENARIOS
@@ -19,6 +20,9 @@ from loadtest.stream import LEFT, OK, Generation
 
 BLUES = ("#9ecae1", "#3182bd", "#08306b")
 RED, GREY, GREEN = "#c0392b", "#888888", "#2e7d32"
+TWENTY = 20
+"""Of fewer requests, the slowest alone is beyond 95 %."""
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; }
@@ -36,7 +40,8 @@ class Report:
     """Everything that was measured.
 
     knee: of the ramp, None where it was not asked for. runs: the other scenarios. generations: of
-    those, by scenario. notes: what the reader should know of the server and the machine.
+    those, by scenario. notes: what the reader should know of the server and the machine. doubts:
+    why the figures may not be the server's alone. warmup: seconds of each run that do not count.
     """
 
     bounds: Bounds
@@ -44,6 +49,8 @@ class Report:
     knee: Knee | None = None
     runs: list[Point] = field(default_factory=list)
     generations: dict[str, Sequence[Generation]] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    warmup: float = 0.0
     least_rate: float = 0.0
 
     @property
@@ -67,7 +74,13 @@ class Report:
     def warnings(self) -> list[str]:
         """Where the figures are not the server's alone."""
         points = [*(self.knee.points if self.knee else ()), *self.runs]
-        found = [
+        found = [*self.doubts]
+        if points and (fewest := min(point.requests for point in points)) < TWENTY:
+            found.append(
+                f"the run of the fewest requests has {fewest}: its p95 is that of its slowest; "
+                "--seconds makes runs longer"
+            )
+        found += [
             f"{point.scenario} at {point.rate:.2f} requests/s: the load generator was late by "
             f"{point.late_ms:.0f} ms (p95); give it more --workers or a machine of its own"
             for point in points
@@ -118,17 +131,24 @@ class Report:
             parts += [
                 "<h2>Ramp to saturation</h2>",
                 "<p>Poisson arrivals, log-normal lengths; each point a run of its own, from an "
-                "idle server to its last answer. Dashed: the bounds.</p>",
+                "idle server to its last answer. A rate is given up when two runs broke a bound; "
+                "the second is shown. Dashed: the bounds; green: the knee.</p>",
                 _svg(self._ramp_figure(self.knee)),
                 self._table(self.knee.points),
             ]
         if self.runs:
-            parts += ["<h2>Scenarios</h2>", self._table(self.runs)]
+            parts += [
+                "<h2>Scenarios</h2>",
+                self._table(self.runs),
+                "<p class=sub>requests: those that count; cached: prompt tokens that the prefix "
+                "cache had; left: by their clients. In the plots: every request, grey where it "
+                "came during the warm-up, and every gap of those that count.</p>",
+            ]
         for point in self.runs:
             says = SCENARIOS[point.scenario].says
             parts += [
                 f"<h3>{point.scenario}</h3><p>{html.escape(says)}, {point.rate:.2f} requests/s</p>",
-                _svg(self._time_figure(self.generations[point.scenario])),
+                _svg(self._scenario_figure(self.generations[point.scenario])),
             ]
         return (
             "<!doctype html><html lang=en><meta charset=utf-8><title>Ropeway load report</title>"
@@ -196,29 +216,38 @@ class Report:
         for axes in (throughput, ttft, itl):
             axes.set_xlabel("requests/s offered")
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             _plain(axes)
             if knee.point is not None:
                 axes.axvline(knee.point.rate, color=GREEN, linewidth=1)
         return figure
 
-    def _time_figure(self, generations: Sequence[Generation]) -> Figure:
-        figure = Figure(figsize=(11, 2.4), layout="constrained")
-        axes = figure.subplots()
+    def _scenario_figure(self, generations: Sequence[Generation]) -> Figure:
+        figure = Figure(figsize=(11, 2.6), layout="constrained")
+        firsts, gaps = figure.subplots(1, 2, width_ratios=(2, 1))
         begin = min(each.at for each in generations)
         for colour, label, kind in (
             (BLUES[1], "complete", [each for each in generations if each.outcome == OK]),
-            (GREY, "left by its client", [each for each in generations if each.outcome == LEFT]),
+            (GREEN, "left by its client", [each for each in generations if each.outcome == LEFT]),
             (RED, "failed", [each for each in generations if each.failed]),
         ):
             if kind:
                 times = [each.at - begin for each in kind]
                 waits = [1000 * (each.total if each.first is None else each.first) for each in kind]
-                axes.plot(times, waits, ".", color=colour, label=label)
-        axes.axhline(self.bounds.ttft_ms, color=RED, linestyle="--", linewidth=1)
-        axes.set(xlabel="second of arrival", ylabel="TTFT, ms", ylim=(0, None))
-        axes.legend(frameon=False, loc="upper right")
-        _plain(axes)
+                firsts.plot(times, waits, ".", color=colour, label=label)
+        firsts.axvspan(0, self.warmup, color=GREY, alpha=0.15, linewidth=0)
+        firsts.axhline(self.bounds.ttft_ms, color=RED, linestyle="--", linewidth=1)
+        firsts.set(xlabel="second of arrival", ylabel="ms")
+        firsts.set_title("Time to first token", loc="left")
+        firsts.set_yscale("log")
+        firsts.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3)
+        counted = [each for each in generations if each.at - begin >= self.warmup]
+        gaps.ecdf([1000 * gap for each in counted for gap in each.gaps] or [math.nan])
+        gaps.axvline(self.bounds.itl_ms, color=RED, linestyle="--", linewidth=1)
+        gaps.axhline(0.95, color=GREY, linestyle=":", linewidth=1)
+        gaps.set(xlabel="ms", ylabel="share", xscale="log")
+        gaps.set_title("Between tokens", loc="left")
+        for axes in (firsts, gaps):
+            _plain(axes)
         return figure
 
 
@@ -248,6 +277,12 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 def _plain(axes: Axes) -> None:
     axes.grid(alpha=0.25)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axis.set_minor_formatter(NullFormatter())
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -121,14 +121,19 @@ def find_knee(
 ) -> Knee:
     """Multiply the rate until the bounds break (or divide it until they hold), then bisect.
 
-    Bisection is geometric: `refinements` of them leave a bracket of growth ** (0.5**refinements).
-    steps: how often the rate is multiplied or divided at most; least: no lower rate is tried.
+    A rate counts as broken when it breaks them twice in a row: whatever else the machine does makes
+    a run slower, and never faster. Bisection is geometric: `refinements` of them leave a bracket of
+    growth ** (0.5**refinements). steps: how often the rate is multiplied or divided at most; least:
+    no lower rate is tried.
     """
     points: list[Point] = []
 
     def good(rate: float) -> bool:
-        points.append(measure(rate))
-        return not points[-1].broken(bounds)
+        point = measure(rate)
+        if point.broken(bounds):
+            point = measure(rate)
+        points.append(point)
+        return not point.broken(bounds)
 
     low: float | None = None
     high: float | None = None

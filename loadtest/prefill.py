@@ -10,7 +10,8 @@ from typing import Any
 from engine import LLM
 from engine.config import DType
 from loadtest.figures import ranged, share, spread
-from loadtest.machine import Machine, Others
+from loadtest.machine import Machine
+from loadtest.others import Others
 from loadtest.report import Column, document
 from loadtest.roofline import Sizes, prefill_limit
 from loadtest.workload import Workload, run_offline

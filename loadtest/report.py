@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.machine import Machine, Others, doubt
+from loadtest.machine import Machine
+from loadtest.others import Others, doubt
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 """A column's title, and what it shows of a result."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from rich.console import Console
 
 from loadtest.errors import Unmeasurable
 from loadtest.load_report import Report
+from loadtest.others import Others, doubt
 from loadtest.points import Bounds, Point, find_knee
 from loadtest.scenarios import SCENARIOS
-from loadtest.servers import check_reachable, ropeway
+from loadtest.servers import Served, ropeway
 from loadtest.stream import Generation
 
 RAMP = "ramp"
@@ -39,9 +41,12 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def run_locust(
-    url: str, scenario: str, rate: float, seconds: float, context: int, workers: int
+    url: str, scenario: str, rate: float, seconds: float, context: int, workers: int, seed: int
 ) -> list[Generation]:
-    """One headless run of Locust, until its last request has ended. Raises Unmeasurable."""
+    """One headless run of Locust, until its last request has ended. Raises Unmeasurable.
+
+    seed: another for each run of a server, whose prefix cache would know the prompts otherwise.
+    """
     with tempfile.TemporaryDirectory(prefix="ropeway-load-") as folder:
         records = Path(folder) / "records.json"
         command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
@@ -49,6 +54,7 @@ def run_locust(
         command += ["--spawn-rate", "1000", "--stop-timeout", "120", "--exit-code-on-error", "0"]
         command += ["--scenario", scenario, "--source-rate", str(rate / SOURCES)]
         command += ["--load-seconds", str(seconds), "--context", str(context)]
+        command += ["--load-seed", str(seed)]
         command += ["--records", str(records), "--only-summary", "--loglevel", "WARNING"]
         if workers > 1:
             command += ["--processes", str(workers)]
@@ -109,7 +115,6 @@ def loadtest(
     start_rate: Annotated[float, typer.Option(help="Requests/s that the ramp begins with.")] = 2.0,
     seconds: Annotated[float, typer.Option(min=1, help="Counted seconds of each run.")] = 12.0,
     warmup: Annotated[float, typer.Option(min=0, help="Seconds before these.")] = 3.0,
-    context: Annotated[int, typer.Option(min=16, help="The model's context, in tokens.")] = 1024,
     workers: Annotated[int, typer.Option(min=1, help="Processes of Locust.")] = 1,
     slo_ttft_ms: Annotated[float, typer.Option(help="Bound of 95 % of first tokens.")] = 500.0,
     slo_itl_ms: Annotated[float, typer.Option(help="Bound of 95 % of inter-token gaps.")] = 50.0,
@@ -147,15 +152,19 @@ def loadtest(
         "each run": f"{warmup:g} s and {seconds:g} s that count",
         "Locust processes": str(workers),
     }
-    report = Report(bounds, notes, least_rate=slo_rate)
+    report = Report(bounds, notes, warmup=warmup, least_rate=slo_rate)
+    others, seeds = Others(), itertools.count()
 
     try:
         with ExitStack() as stack:
             url = host.rstrip("/") if host else stack.enter_context(ropeway(*serve.split())).url
-            check_reachable(url)
+            served = Served.at(url)
+            notes["model"] = f"{served.name}, context {served.context:,} tokens"
 
             def run(name: str, at: float) -> tuple[Point, list[Generation]]:
-                generations = run_locust(url, name, at, warmup + seconds, context, workers)
+                generations = run_locust(
+                    url, name, at, warmup + seconds, served.context, workers, next(seeds)
+                )
                 point = Point.of(at, warmup, seconds, generations)
                 broken = point.broken(bounds)
                 console.print(
@@ -168,6 +177,10 @@ def loadtest(
                 return point, generations
 
             fill(report, names, run, rate, start_rate, LEAST_REQUESTS / seconds)
+            if host is None:  # all of it was here
+                load = others.document()
+                notes["machine"] = f"{load['cores']} cores"
+                report.doubts += filter(None, [doubt(load)])
     except (Unmeasurable, ValueError) as error:  # ValueError: no request came
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(UNMEASURED) from error

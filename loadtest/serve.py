@@ -14,7 +14,8 @@ from loadtest.client import ROPEWAY, run_http, session, stream, together
 from loadtest.errors import Unmeasurable
 from loadtest.figures import figures, ranged, share, spread
 from loadtest.gauges import read_gauges
-from loadtest.machine import Machine, Others
+from loadtest.machine import Machine
+from loadtest.others import Others
 from loadtest.report import Column, document
 from loadtest.roofline import Sizes, decode_limit
 from loadtest.servers import Server, check_reachable, ropeway

@@ -15,7 +15,8 @@ from typing import Any
 from engine.config import DType
 from loadtest.client import run_http
 from loadtest.figures import ranged, spread
-from loadtest.machine import Machine, Others
+from loadtest.machine import Machine
+from loadtest.others import Others
 from loadtest.report import Column, document
 from loadtest.roofline import Sizes
 from loadtest.serve import memory_of

@@ -13,7 +13,8 @@ from engine import LLM
 from engine.config import DType
 from loadtest.client import run_http
 from loadtest.figures import figures, ranged, share
-from loadtest.machine import Machine, Others
+from loadtest.machine import Machine
+from loadtest.others import Others
 from loadtest.report import Column, document
 from loadtest.roofline import Sizes, decode_limit
 from loadtest.servers import ropeway

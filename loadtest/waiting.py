@@ -15,7 +15,8 @@ from loadtest.client import ROPEWAY, session, stream
 from loadtest.errors import Unmeasurable
 from loadtest.figures import ranged, share, spread
 from loadtest.gauges import read_gauges
-from loadtest.machine import Machine, Others
+from loadtest.machine import Machine
+from loadtest.others import Others
 from loadtest.report import Column, document
 from loadtest.roofline import Sizes, decode_limit
 from loadtest.servers import allow_connections, ropeway

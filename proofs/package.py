@@ -50,7 +50,8 @@ def prove(work: Path, torch_index: str) -> None:
 
     call(sys.executable, "-m", "venv", work / "venv")
     binaries = work / "venv" / "bin"
-    pip = (binaries / "python", "-m", "pip", "--disable-pip-version-check")
+    # -I: whatever PYTHONPATH says, what is in the checkout is not installed.
+    pip = (binaries / "python", "-I", "-m", "pip", "--disable-pip-version-check")
     torch = local_torch(work / "torch", ".".join(map(str, sys.version_info[:2])))
     source = [str(torch)] if torch else ["--index-url", torch_index, TORCH]
     call(*pip, "install", "--no-deps", *source)

@@ -32,7 +32,7 @@ ELSEWHERE = {
 
 LOAD = (
     "--serve '--threads 1' --scenario steady --rate 8 --start-rate 8 --seconds 1.5 --warmup 0.5 "
-    "--context 192 --slo-ttft-ms 60000 --slo-itl-ms 60000"
+    "--slo-ttft-ms 60000 --slo-itl-ms 60000"
 )
 
 

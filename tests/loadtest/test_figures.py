@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from loadtest import machine
+from loadtest import others
 from loadtest.figures import percentile, ranged, share, spread
-from loadtest.machine import Machine, Others, doubt
+from loadtest.machine import Machine
+from loadtest.others import Others, doubt
 from loadtest.roofline import Sizes, decode_limit, prefill_limit
 from loadtest.workload import Measured, Workload
 
@@ -92,27 +93,27 @@ BURN = "import time; t = time.process_time\nwhile t() < 0.3: pass\nprint(flush=T
 
 def test_own_time_includes_children() -> None:
     """While they live, and after they ended."""
-    before = machine._own_seconds()
+    before = others._own_seconds()
     with subprocess.Popen(
         [sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert machine._own_seconds() - before >= 0.28
+        assert others._own_seconds() - before >= 0.28
         child.communicate(b"\n")
-    assert machine._own_seconds() - before >= 0.28
+    assert others._own_seconds() - before >= 0.28
 
 
 def test_others_are_what_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"busy": 100.0, "own": 7.0, "now": 50.0}
-    monkeypatch.setattr(machine, "_busy_seconds", lambda: clock["busy"])
-    monkeypatch.setattr(machine, "_own_seconds", lambda: clock["own"])
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock["now"])
-    others = Others()
+    monkeypatch.setattr(others, "_busy_seconds", lambda: clock["busy"])
+    monkeypatch.setattr(others, "_own_seconds", lambda: clock["own"])
+    monkeypatch.setattr(others.time, "perf_counter", lambda: clock["now"])
+    watched = Others()
     clock.update(busy=118.0, own=22.0, now=60.0)  # 18 s busy, 15 of them ours, in 10 s
-    assert others.cores() == 0.3
+    assert watched.cores() == 0.3
     clock.update(own=30.0)  # ours is counted a tick later than the machine's
-    assert others.cores() == 0.0
+    assert watched.cores() == 0.0
 
 
 def test_doubt() -> None:

@@ -81,20 +81,39 @@ def test_a_knee_that_is_not_there() -> None:
     assert (all_of_it.point.rate, all_of_it.bracketed) == (8.0, False)
 
 
+def test_one_bad_run_is_no_knee() -> None:
+    """The first run at each rate breaks the bounds, whatever the rate."""
+    tried: list[float] = []
+
+    def measure(rate: float) -> Point:
+        tried.append(rate)
+        return queue(rate, 10.0 if tried.count(rate) > 1 else 0.0)
+
+    knee = find_knee(measure, BOUNDS, 2.0, refinements=6)
+    assert knee.point is not None
+    assert 7.9 < knee.point.rate <= 8.0
+    assert len(tried) == 2 * len(knee.points)
+
+
 def test_the_report(tmp_path: Path) -> None:
     knee = find_knee(queue, BOUNDS, 2.0)
     slow = generation(0.0, first=0.9, gaps=[0.2])
     point = Point.of(2.0, 0.0, 5.0, [slow])
-    report = Report(BOUNDS, {"server": "<here>"}, knee, [point], {"steady": [slow]}, 20.0)
+    report = Report(
+        BOUNDS, {"server": "<here>"}, knee, [point], {"steady": [slow]}, ["<doubt>"], 0.0, 20.0
+    )
     assert report.failures == [
         f"ramp: {knee.point.rate:.2f} requests/s < 20 asked",  # type: ignore[union-attr]
         "steady at 2.00 requests/s: p95 TTFT 900 ms > 500 ms",
         "steady at 2.00 requests/s: p95 inter-token 200.0 ms > 50 ms",
     ]
+    assert report.warnings[0] == "<doubt>"
+    assert "has 1: its p95" in report.warnings[1]
     report.write(tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 2
     assert "&lt;here&gt;" in page
+    assert "&lt;doubt&gt;" in page
     with (tmp_path / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(knee.points) + 1

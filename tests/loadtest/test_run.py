@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -23,10 +24,12 @@ class Slow(BaseHTTPRequestHandler):
     """Every answer comes after the load has ended."""
 
     asked = 0
+    prompts: ClassVar[list[tuple[int, ...]]] = []
     lock = threading.Lock()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Slow.prompts.append(tuple(body.get("prompt", ())))
         answer = json.dumps({"token_ids": list(range(50))}).encode()
         if self.path == "/generate":
             assert 0 < body["max_tokens"] <= 256
@@ -49,6 +52,7 @@ class Slow(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     Slow.asked = 0
+    Slow.prompts.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -60,11 +64,30 @@ def url() -> Iterator[str]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_answer_is_left_out(url: str, workers: int) -> None:
-    seen = run_locust(url, "steady", rate=40.0, seconds=1.0, context=1024, workers=workers)
+    seen = run_locust(url, "steady", rate=40.0, seconds=1.0, context=1024, workers=workers, seed=0)
     assert len(seen) == Slow.asked
     assert 10 < len(seen) < 90  # of about 40
     assert all(each.outcome == OK and each.cached_tokens == 2 for each in seen)
     assert all(each.first is not None and each.first >= WAIT for each in seen)
+
+
+def test_every_run_has_prompts_of_its_own(url: str) -> None:
+    """Else the server's prefix cache would have them from the run before."""
+    runs = []
+    for seed in (0, 0, 1):
+        Slow.prompts.clear()
+        run_locust(url, "steady", rate=30.0, seconds=0.5, context=256, workers=1, seed=seed)
+        runs.append({prompt for prompt in Slow.prompts if prompt})
+    first, again, other = runs
+    assert len(first) > 3
+    assert first & again
+    assert not first & other
+
+
+def test_a_server_that_is_not_there() -> None:
+    shown = CliRunner().invoke(app, ["--host", "http://127.0.0.1:9", "--scenario", "ramp"])
+    assert shown.exit_code == 3
+    assert "no server can be reached at http://127.0.0.1:9" in " ".join(shown.output.split())
 
 
 @pytest.mark.parametrize(
