@@ -91,6 +91,7 @@ COPY --from=build-cuda /opt/ropeway /opt/ropeway
 USER ropeway
 
 FROM runtime AS loadtest
+ENV MPLCONFIGDIR=/tmp/matplotlib
 COPY --from=build-loadtest /opt/ropeway /opt/ropeway
 USER ropeway
 HEALTHCHECK NONE

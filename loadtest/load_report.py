@@ -241,7 +241,8 @@ class Report:
         firsts.set_yscale("log")
         firsts.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3)
         counted = [each for each in generations if each.at - begin >= self.warmup]
-        gaps.ecdf([1000 * gap for each in counted for gap in each.gaps] or [math.nan])
+        if between := [1000 * gap for each in counted for gap in each.gaps]:
+            gaps.ecdf(between)
         gaps.axvline(self.bounds.itl_ms, color=RED, linestyle="--", linewidth=1)
         gaps.axhline(0.95, color=GREY, linestyle=":", linewidth=1)
         gaps.set(xlabel="ms", ylabel="share", xscale="log")

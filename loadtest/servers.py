@@ -166,5 +166,8 @@ class Served:
         status, body = _get(f"{url}/v1/models")
         if status != 200:
             raise Unmeasurable(f"{url}/v1/models: {status}: {body}")
-        (model,) = json.loads(body)["data"]
-        return cls(model["id"], model["max_model_len"])
+        try:
+            (model,) = json.loads(body)["data"]
+            return cls(model["id"], model["max_model_len"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise Unmeasurable(f"{url} is no Ropeway server: /v1/models: {body[:200]}") from error

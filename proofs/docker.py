@@ -304,13 +304,15 @@ def try_image(image: Image, work: Path) -> None:
 
 
 class Played(BaseHTTPRequestHandler):
-    """As much of a server as the load test asks of one: a token, and the end."""
+    """As much of a server as the load test asks of one: two tokens, and the end."""
 
-    STREAM = b'event: token\ndata: {}\n\nevent: done\ndata: {"usage":{"cached_tokens":0}}\n\n'
+    MODELS = b'{"data": [{"id": "played", "max_model_len": 1024}]}'
+    TOKEN = b"event: token\ndata: {}\n\n"
+    STREAM = 2 * TOKEN + b'event: done\ndata: {"usage": {"cached_tokens": 0}}\n\n'
 
     def do_GET(self) -> None:
-        """/ready."""
-        self._answer(b"")
+        """/ready and /v1/models."""
+        self._answer(self.MODELS)
 
     def do_POST(self) -> None:
         """/tokenize and /generate."""

@@ -25,7 +25,7 @@ ELSEWHERE = {
     "make test": "is what runs this",
     "docker build -t ropeway .": "make docker-proof",
     "docker run --rm -p 8000:8000 --read-only --tmpfs /tmp ropeway": "make docker-proof",
-    "docker compose --profile monitoring up": "tests/test_compose.py, as far as goes without Docker",
+    "docker compose --profile monitoring up": "tests/test_compose.py, without Docker",
     "docker compose run --rm loadtest": "tests/test_compose.py; make docker-proof tries the image",
     "make docker-proof": "needs root and some minutes",
     "make chaos": "takes minutes; tests/loadtest/test_chaos.py does a little of it",

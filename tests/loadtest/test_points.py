@@ -119,3 +119,12 @@ def test_the_report(tmp_path: Path) -> None:
     assert len(rows) == len(knee.points) + 1
     assert rows[-1]["ttft_p95_ms"] == "900.0"
     assert Report(BOUNDS, {}, Knee(None, False, ())).failures == ["ramp: no rate keeps the bounds"]
+
+
+def test_a_report_of_failures_alone(tmp_path: Path) -> None:
+    refused = generation(0.0, outcome="queue_full", status=429, first=None)
+    point = Point.of(2.0, 0.0, 5.0, [refused])
+    report = Report(BOUNDS, {}, None, [point], {"steady": [refused]})
+    report.write(tmp_path)
+    assert "1 x 429 queue_full" in (tmp_path / "index.html").read_text()
+    assert "errors 100.0% > 1.0%" in report.failures[-1]

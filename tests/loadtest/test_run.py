@@ -27,6 +27,11 @@ class Slow(BaseHTTPRequestHandler):
     prompts: ClassVar[list[tuple[int, ...]]] = []
     lock = threading.Lock()
 
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"hello")
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Slow.prompts.append(tuple(body.get("prompt", ())))
@@ -82,6 +87,12 @@ def test_every_run_has_prompts_of_its_own(url: str) -> None:
     assert len(first) > 3
     assert first & again
     assert not first & other
+
+
+def test_another_kind_of_server(url: str) -> None:
+    shown = CliRunner().invoke(app, ["--host", url, "--scenario", "ramp"])
+    assert shown.exit_code == 3
+    assert f"{url} is no Ropeway server: /v1/models: hello" in " ".join(shown.output.split())
 
 
 def test_a_server_that_is_not_there() -> None:
