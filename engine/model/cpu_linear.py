@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from engine.config import Activation
 from engine.errors import ConfigError
-from engine.model.library import load_kernel
+from engine.model.library import address_of, load_kernel
 
 Format = Literal["float32", "bfloat16", "int8"]
 
@@ -173,7 +173,8 @@ class KernelLinear(nn.Module):
             self.out_dtype == torch.bfloat16,
             0.0 if norm is None else norm.eps,
         )
-        self._address = ctypes.addressof(self._linear)
+        self.address = ctypes.addressof(self._linear)
+        self.function_address = address_of(self._call)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features]; residual: float32, of out's shape.
@@ -199,7 +200,7 @@ class KernelLinear(nn.Module):
         num_rows = x.numel() // self.in_features
         added = None if residual is None else residual.data_ptr()
         if num_rows and self._call(
-            self._address, x.data_ptr(), added, out.data_ptr(), num_rows, torch.get_num_threads()
+            self.address, x.data_ptr(), added, out.data_ptr(), num_rows, torch.get_num_threads()
         ):
             raise MemoryError("no memory for the scratch space of a product")
         return out

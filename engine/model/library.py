@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -71,3 +72,10 @@ def load_kernel(
     function.argtypes = argument_types
     function.restype = ctypes.c_int
     return chosen, function
+
+
+def address_of(function: Callable[..., int]) -> int:
+    """Where a function of load_kernel begins, for a kernel that calls it."""
+    address = ctypes.cast(cast(Any, function), ctypes.c_void_p).value
+    assert address is not None, "a loaded function has an address"
+    return address
