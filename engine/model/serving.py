@@ -18,7 +18,7 @@ from engine.config import Quantize
 from engine.errors import ConfigError
 from engine.model.attention.base import Attention
 from engine.model.attention.cpu import KernelStep
-from engine.model.cpu_linear import KernelLinear, WeightMemory
+from engine.model.cpu_linear import KernelLinear, PanelEmbedding, WeightMemory
 from engine.model.cpu_stack import KernelStack
 from engine.model.gpt2 import GPT2, Block
 from engine.model.library import KernelUnavailableError, load_kernel
@@ -95,7 +95,11 @@ def fuse(model: GPT2, quantize: Quantize = "none", variant: str | None = None) -
     head = product(model.head, norm=model.norm, in_dtype=wide, out_dtype=wide)
     model.add_module("head", head)
     model.add_module("norm", nn.Identity())
-    model.add_module("embedding", WideEmbedding(model.embedding.weight.detach()))
+    tied = model.config.tie_embeddings and quantize == "none"
+    model.add_module(
+        "embedding",
+        PanelEmbedding(head) if tied else WideEmbedding(model.embedding.weight.detach()),
+    )
     fused = []
     for layer, block in enumerate(model.blocks):  # one by one: each frees the weights it replaces
         fused.append(FusedBlock(cast(Block, block), product))

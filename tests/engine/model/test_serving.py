@@ -12,6 +12,7 @@ from torch import nn
 from engine.errors import ConfigError
 from engine.model import library
 from engine.model.attention.reference import NaiveAttention
+from engine.model.cpu_linear import PanelEmbedding
 from engine.model.rope import RotaryTable
 from engine.model.serving import FusedStack, fuse, prepare
 from tests.engine.model.test_exactness import SWITCHES
@@ -62,3 +63,14 @@ def test_the_products_are_named() -> None:
     best = library.supported_variants("linear")[0]
     assert prepare(random_model(tiny_config())) == f"cpu-{best}"
     assert prepare(random_model(tiny_config()), "int8") == f"cpu-{best}, int8"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_a_tied_weight_is_held_once(tied: bool, quantize: str) -> None:
+    model = random_model(tiny_config(tie_embeddings=tied))
+    expected = model.embedding.weight.detach().clone()
+    fuse(model, quantize)  # type: ignore[arg-type]  # parametrised
+    shared = isinstance(model.embedding, PanelEmbedding)
+    assert shared == (tied and quantize == "none")
+    assert torch.equal(model.embedding(torch.arange(len(expected))), expected)
