@@ -128,8 +128,8 @@ def _notes(directory: Path, dtype: torch.dtype, obstacle: str | None) -> list[st
     return notes
 
 
-def _vocabulary(directory: Path, eos_token_id: int | None) -> Vocabulary:
-    """Of a model directory's tokenizer. Raises TokenizerError."""
+def grammar_vocabulary(directory: Path, eos_token_id: int | None) -> Vocabulary:
+    """A model directory's tokens, as grammars need them. Raises TokenizerError."""
     tokenizer = Tokenizer.from_directory(directory)
     special_ids = tokenizer.special_tokens.values()
     tokens = [
@@ -199,7 +199,7 @@ class EngineCore:
         batch = InputBatch(config.scheduler.max_num_seqs, min(max_blocks, num_blocks))
         masks = None
         if GRAMMARS:
-            masks = GrammarMasks(partial(_vocabulary, directory, model_config.eos_token_id))
+            masks = GrammarMasks(partial(grammar_vocabulary, directory, model_config.eos_token_id))
         sampler = Sampler(model_config.vocab_size, unsampled, masks)
         self._runner = ModelRunner(model, backend, sampler, batch)
         self._runner.warm_up((1, 2, 8, 64))
