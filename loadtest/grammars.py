@@ -12,7 +12,7 @@ from typing import Any
 from engine import LLM, SamplingParams
 from engine.config import DType
 from engine.core import grammar_vocabulary
-from engine.grammar import Matcher, Vocabulary
+from engine.grammar import Matcher, Vocabulary, masks_of
 from engine.request import Grammar
 from loadtest.figures import percentile, ranged, spread
 from loadtest.machine import Machine, Others
@@ -127,7 +127,7 @@ def _mask_seconds(
         matcher = Matcher(vocabulary, grammar)
         for token_id in output:
             began = time.perf_counter()
-            matcher.mask()
+            masks_of([matcher], vocabulary)
             seconds.append(time.perf_counter() - began)
             matcher.take([token_id])
     return seconds
