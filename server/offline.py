@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ class Wanted:
             self.kv_memory,
             quantize=self.quantize,
             threads=self.threads,
-            max_num_seqs=1,
+            # One runs; there are pages for so many contexts of the model's own as it may stretch.
+            max_num_seqs=1 if self.rope is None else math.ceil(self.rope.factor),
         )
 
 

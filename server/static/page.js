@@ -217,7 +217,7 @@ class Run {
     this.tokens.push(...tokens);
     this.figure("completion", this.tokens.length);
     const seconds = (now - this.firstAt) / 1000;
-    if (seconds > 0) this.figure("speed", `${((this.tokens.length - 1) / seconds).toFixed(0)} tokens/s`);
+    if (seconds > 0) this.figure("speed", ((this.tokens.length - 1) / seconds).toFixed(0));
     redraw();
   }
 

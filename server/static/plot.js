@@ -63,7 +63,7 @@ export function plot(chart, curves, window, marks) {
     draw("text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, tick);
   }
   for (const { at, text, side } of marks.filter((mark) => mark.at > 0 && mark.at <= to)) {
-    const before = x(at) > width / 2; // where there is room for its text
+    const before = width - right - x(at) < 120; // no room for its text behind it
     draw("line", { class: "mark", x1: x(at), x2: x(at), y1: side === "top" ? 4 : top, y2: height - bottom });
     const place = { x: x(at) + (before ? -5 : 5), y: side === "top" ? top - 6 : height - bottom - 4 };
     draw("text", { ...place, "text-anchor": before ? "end" : "start" }, text);

@@ -187,8 +187,9 @@ def test_the_shell_completes(tmp_path: Path) -> None:
     assert done.stdout.split() == ["chat"]
 
 
-def test_options_stretch_the_rotation(tiny_model_dir: Path, llm: LLM) -> None:
+def test_options_stretch_the_rotation(tiny_model_dir: Path) -> None:
     """As the request field does, and both commands alike."""
+    llm = LLM(tiny_model_dir, dtype="float32", threads=1, max_num_seqs=4)
     options = [*OPTIONS, "--model", str(tiny_model_dir), "--max-tokens", "150"]
     prompt = "the a" * 30  # with the answer, more than the context of 192
     for rope, scaling in (
@@ -204,7 +205,7 @@ def test_options_stretch_the_rotation(tiny_model_dir: Path, llm: LLM) -> None:
     turn = [{"role": "user", "content": prompt}]
     (expected,) = llm.generate([template.token_ids(turn)], params)
     piped = subprocess.run(
-        [*COMMAND, "--rope", "linear:2", *options, "--stop", "\0"],
+        [*COMMAND, "--rope", "linear:2", *options, "--stop", "no such text"],
         input=f"{prompt}\n".encode(),
         capture_output=True,
         check=True,

@@ -194,7 +194,7 @@ async def test_what_is_typed_is_asked_and_streams(page: Page, served: Served) ->
     await expect(page.locator("[data-figure=completion]")).to_have_text("5")
     await expect(page.locator("[data-figure=cached]")).to_have_text("0")
     await expect(page.locator("[data-figure=first]")).to_contain_text(" ms")
-    await expect(page.locator("[data-figure=speed]")).to_contain_text(" tokens/s")
+    await expect(page.locator("[data-figure=speed]")).to_have_text(re.compile(r"^\d+$"))
     await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
     await expect(page.get_by_role("button", name="Generate")).to_be_enabled()
 
