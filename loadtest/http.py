@@ -6,6 +6,7 @@ import asyncio
 import json
 import platform
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,6 @@ from typing import Annotated
 import psutil
 import typer
 from rich.console import Console
-
-from server.listener import listen_all
 
 ENDED = b"event: done"
 CHUNK = 1 << 16
@@ -64,8 +63,14 @@ def workers(
         address = f"ipc://{folder}/engine"
         engine = [sys.executable, "-P", "-m", "loadtest.fake_engine", address, str(rate)]
         stack.enter_context(_killed(subprocess.Popen(engine)))
-        listeners = [stack.enter_context(each) for each in listen_all("127.0.0.1", 0, count)]
-        port = listeners[0].getsockname()[1]
+        port, listeners = 0, []
+        for _ in range(count):
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(("127.0.0.1", port))
+            listener.listen(4096)
+            port = listener.getsockname()[1]
+            listeners.append(listener)
         settings = {"max_queue": 8192, "keep_alive_seconds": 60.0}
         servers = []
         for listener in listeners:
