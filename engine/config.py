@@ -184,12 +184,40 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedPrefix:
+    """A beginning of prompts, such as an operator's system prompt. name: what errors call it."""
+
+    name: str
+    token_ids: tuple[int, ...]
+
+    def check(self, block_size: int, context: int, vocab_size: int) -> None:
+        """Raises ConfigError where it could never be of use."""
+        count = len(self.token_ids)
+        if count < block_size:
+            raise ConfigError(
+                f"shared prefix {self.name} must have at least one page of {block_size} tokens "
+                f"(block_size), since only whole pages are shared; got {count} tokens"
+            )
+        if count > context:
+            raise ConfigError(
+                f"shared prefix {self.name} must fit the context of {context} tokens, got {count}"
+            )
+        if wrong := [each for each in self.token_ids if not 0 <= each < vocab_size]:
+            raise ConfigError(
+                f"shared prefix {self.name} must hold token ids from 0 to {vocab_size - 1}, "
+                f"got {wrong[0]}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """The pages. kv_memory: bytes for keys and values; None: enough for max_num_seqs contexts, but
-    at most half of the memory that is free."""
+    at most half of the memory that is free. shared_prefixes: beginnings of prompts whose whole
+    pages all requests share, whatever their cache_salt."""
 
     block_size: int = 64
     kv_memory: int | None = None
+    shared_prefixes: tuple[SharedPrefix, ...] = ()
 
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32, 64):

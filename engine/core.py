@@ -43,6 +43,7 @@ from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import OWN, ProfileRows
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.shared import SharedPrefixes
 
 MISCONFIGURED = 2
 """Exit status of the process where a setting is at fault."""
@@ -127,8 +128,8 @@ def _notes(directory: Path, dtype: torch.dtype, obstacle: str | None) -> list[st
     return notes
 
 
-def _vocabulary(directory: Path, eos_token_id: int | None) -> Vocabulary:
-    """Of a model directory's tokenizer. Raises TokenizerError."""
+def grammar_vocabulary(directory: Path, eos_token_id: int | None) -> Vocabulary:
+    """A model directory's tokens, as grammars need them. Raises TokenizerError."""
     tokenizer = Tokenizer.from_directory(directory)
     special_ids = tokenizer.special_tokens.values()
     tokens = [
@@ -164,6 +165,10 @@ class EngineCore:
             raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
         unsampled = unsampled_ids(model_config, config)
         block_size = config.cache.block_size
+        context, rope = model_config.max_position, model_config.rope
+        prefixes = config.cache.shared_prefixes
+        for prefix in prefixes:
+            prefix.check(block_size, rope.context(context), model_config.vocab_size)
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if device.type == "cpu":
@@ -185,16 +190,16 @@ class EngineCore:
             device=device,
         )
         backend = select_backend(model.config, tables, cache)
-        context, rope = model_config.max_position, model_config.rope
         backend.put_profile(OWN, rope.in_force(1, context), block_size)
         self._pool = BlockPool(num_blocks, block_size)
         profiles = ProfileRows(rope, context, config.scheduler.max_profiles)
-        self._scheduler = Scheduler(config.scheduler, self._pool, profiles=profiles)
+        shared = SharedPrefixes([each.token_ids for each in prefixes], block_size)
+        self._scheduler = Scheduler(config.scheduler, self._pool, profiles=profiles, shared=shared)
         max_blocks = self._pool.blocks_for(rope.context(context))
         batch = InputBatch(config.scheduler.max_num_seqs, min(max_blocks, num_blocks))
         masks = None
         if GRAMMARS:
-            masks = GrammarMasks(partial(_vocabulary, directory, model_config.eos_token_id))
+            masks = GrammarMasks(partial(grammar_vocabulary, directory, model_config.eos_token_id))
         sampler = Sampler(model_config.vocab_size, unsampled, masks)
         self._runner = ModelRunner(model, backend, sampler, batch)
         self._runner.warm_up((1, 2, 8, 64))

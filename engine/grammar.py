@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.errors import GrammarFailed, InvalidRequest
 from engine.request import Grammar
 
 try:
-    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 except ModuleNotFoundError:
     INSTALLED = False
 else:
@@ -68,7 +72,7 @@ class Vocabulary:
             eos_token_id = len(self._tokens)
             self._tokens.append(b"<end>")
             self._special_ids.append(eos_token_id)
-        self._eos_token_id = eos_token_id
+        self.executor = LLExecutor(1)  # the network has the other cores
         self.handle = LLTokenizer(
             TokenizerWrapper(_Plain(self._tokens, self._special_ids, eos_token_id))
         )
@@ -94,31 +98,35 @@ class Matcher:
 
     def __init__(self, vocabulary: Vocabulary, grammar: Grammar) -> None:
         """At the beginning. Raises GrammarFailed."""
-        self._matcher = LLMatcher(vocabulary.handle, _source(grammar), log_level=0)
+        self.handle = LLMatcher(vocabulary.handle, _source(grammar), log_level=0)
         self.num_tokens = 0
-        self._check()
+        self.check()
 
     @property
     def ended(self) -> bool:
         """Whether nothing can follow."""
-        return self._matcher.is_stopped()
+        return self.handle.is_stopped()
 
     def take(self, token_ids: Sequence[int]) -> None:
         """Go on by some tokens. Raises GrammarFailed."""
-        self._matcher.consume_tokens(list(token_ids))
+        self.handle.consume_tokens(list(token_ids))
         self.num_tokens += len(token_ids)
-        self._check()
+        self.check()
 
-    def mask(self) -> bytes:
-        """One bit for each token id, the lowest first: what may follow. Raises GrammarFailed.
-
-        Other threads run meanwhile.
-        """
-        mask = self._matcher.compute_bitmask()
-        self._check()
-        return mask
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            said = " ".join(self._matcher.get_error().split())
+    def check(self) -> None:
+        """Raises GrammarFailed where it cannot go on."""
+        if self.handle.is_error():
+            said = " ".join(self.handle.get_error().split())
             raise GrammarFailed(f"the grammar cannot be followed any further: {said}")
+
+
+def masks_of(matchers: Sequence[Matcher], vocabulary: Vocabulary) -> NDArray[np.uint8]:
+    """[matchers, tokens or some more]: 1 for each token that may follow.
+
+    Other threads run meanwhile. A matcher that fails says so when it is checked.
+    """
+    bits = allocate_token_bitmask(len(matchers), vocabulary.handle.vocab_size)
+    handles = [(matcher.handle, at) for at, matcher in enumerate(matchers)]
+    if handles:  # else llguidance complains
+        fill_next_token_bitmask_par(vocabulary.executor, handles, bits)
+    return np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, Quantize, SchedulerConfig
+from engine.config import (
+    CacheConfig,
+    Device,
+    DType,
+    EngineConfig,
+    Quantize,
+    SchedulerConfig,
+    SharedPrefix,
+)
 from engine.core import EngineCore
 from engine.errors import GrammarFailed, InvalidRequest
 from engine.frontend.admission import Admission, Usage
@@ -68,6 +76,7 @@ class LLM:
         max_num_batched_tokens: int = 512,
         block_size: int = 64,
         max_profiles: int = SchedulerConfig().max_profiles,
+        shared_prefixes: Sequence[SharedPrefix] = (),
     ) -> None:
         """kv_memory: bytes for the cache. Raises CheckpointError, TokenizerError or ConfigError."""
         self.tokenizer = Tokenizer.from_directory(Path(model_dir))
@@ -78,7 +87,11 @@ class LLM:
                 dtype=dtype,
                 quantize=quantize,
                 threads=threads,
-                cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
+                cache=CacheConfig(
+                    block_size=block_size,
+                    kv_memory=kv_memory,
+                    shared_prefixes=tuple(shared_prefixes),
+                ),
                 scheduler=SchedulerConfig(
                     max_num_seqs=max_num_seqs,
                     max_num_batched_tokens=max_num_batched_tokens,

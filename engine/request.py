@@ -251,7 +251,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
                 pages but the first; the others keep what they knew of them, so that is an
                 approximation
     cache_salt  opaque; pages are shared among requests of the same salt only, so that nobody can
-                tell by time what others asked
+                tell by time what others asked; but for those that lie wholly in a prefix that is
+                declared to be shared (CacheConfig.shared_prefixes)
     """
 
     priority: int = 0
@@ -331,6 +332,7 @@ class Request:
         "num_prompt_tokens",
         "num_remembered_blocks",
         "num_scored",
+        "num_shared_blocks",
         "options",
         "params",
         "pinned",
@@ -374,7 +376,8 @@ class Request:
         arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
         began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
         num_remembered_blocks pages of the table are known to that cache under the number `prefix`,
-        None where they cannot be.
+        None where they cannot be. num_shared_blocks: leading pages of the prompt that lie in a
+        declared prefix, so that they are known without the salt.
 
         scaling: the rotation in force while it runs, at the row `profile` of the engine's tables,
         until its span is more than steady_until.
@@ -406,18 +409,14 @@ class Request:
         self.scaling = UNSCALED
         self.profile = 0
         self.steady_until = MAX_CONTEXT
-        self.prefix: int | tuple[RopeScaling, str] | None = None
+        self.num_shared_blocks = 0
+        self.prefix: int | None = None
         self.num_preemptions = 0
         self.turn = (arrival, 0)
         self.pinned = False
         self.suspect = suspect
         self.block_table: list[int] = []
         self.bases: list[int] = []
-
-    @property
-    def origin(self) -> tuple[RopeScaling, str]:
-        """What its prefixes begin with: the rotation in force and the salt."""
-        return (self.scaling, self.options.cache_salt)
 
     @property
     def num_tokens(self) -> int:

@@ -14,13 +14,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engine.config import DType
+from engine.grammar import INSTALLED
 from engine.model.loader import read_config
+from loadtest import grammars, waiting
 from loadtest import http as http_process
 from loadtest import prefill as prompts
 from loadtest import serve as serving
 from loadtest import startup as starting
 from loadtest import streams as running
-from loadtest import waiting
 from loadtest.chaos import chaos
 from loadtest.determinism import Load, compare
 from loadtest.errors import Unmeasurable
@@ -212,6 +213,24 @@ def queue(
             model, dtype, threads, streams, waiting_requests, shape, repeats, progress
         )
     report(content, waiting.COLUMNS, json_file)
+
+
+@app.command()
+def grammar(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    streams: Streams = "1,8,32",
+    output_tokens: Output = 128,
+    repeats: Repeats = 3,
+    json_file: Json = None,
+) -> None:
+    """What a step costs where outputs must obey a JSON schema or a regular expression."""
+    if not INSTALLED:
+        raise typer.BadParameter("llguidance is not installed: pip install 'ropeway[grammar]'")
+    with measuring(len(streams) * (repeats + 1)) as progress:
+        content = grammars.measure(model, dtype, threads, streams, output_tokens, repeats, progress)
+    report(content, grammars.COLUMNS, json_file)
 
 
 @app.command()

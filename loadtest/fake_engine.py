@@ -46,7 +46,7 @@ READY = EngineReady(
 
 
 class FakeEngine:
-    """One frontend's, on a bound ROUTER socket."""
+    """On a bound ROUTER socket, as the engine's: each frontend gets the tokens of its requests."""
 
     def __init__(self, socket: zmq.Socket[bytes], rate: float) -> None:
         """rate: steps a second."""
@@ -55,7 +55,7 @@ class FakeEngine:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder = msgspec.msgpack.Decoder(ToCore)
         self._left: dict[str, tuple[int, int]] = {}  # request id -> next index, last index
-        self._frontend = b""
+        self._owners: dict[str, bytes] = {}
         self._steps = 0
 
     def run(self) -> None:
@@ -75,28 +75,32 @@ class FakeEngine:
                 due = max(due + self._interval, time.monotonic() - CATCH_UP_SECONDS)
 
     def _receive(self) -> None:
-        self._frontend, content = self._socket.recv_multipart()
+        frontend, content = self._socket.recv_multipart()
         match self._decoder.decode(content):
             case AddRequest() as request:
                 self._left[request.request_id] = (0, request.max_tokens - 1)
+                self._owners[request.request_id] = frontend
             case AbortRequest(request_id):
                 self._left.pop(request_id, None)
+                self._owners.pop(request_id, None)
             case Hello():
-                self._socket.send_multipart([self._frontend, self._encode(READY)])
+                self._socket.send_multipart([frontend, self._encode(READY)])
 
     def _step(self) -> None:
         self._steps += 1
-        outputs = []
+        outputs: dict[bytes, list[EngineOutput]] = {}
         for request_id, (index, last) in list(self._left.items()):
             end = FinishReason.LENGTH if index == last else None
             queue = 0.0 if index == 0 else None
-            outputs.append(EngineOutput(request_id, index, 97 + index % 26, end, None, queue))
+            output = EngineOutput(request_id, index, 97 + index % 26, end, None, queue)
+            outputs.setdefault(self._owners[request_id], []).append(output)
             if end is None:
                 self._left[request_id] = (index + 1, last)
             else:
-                del self._left[request_id]
+                del self._left[request_id], self._owners[request_id]
         stats = EngineStats(running=len(self._left), steps=self._steps)
-        self._socket.send_multipart([self._frontend, self._encode(StepOutput(outputs, stats))])
+        for frontend, each in outputs.items():
+            self._socket.send_multipart([frontend, self._encode(StepOutput(each, stats))])
 
 
 def main() -> None:

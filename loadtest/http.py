@@ -1,4 +1,4 @@
-"""What one HTTP process carries: an engine that computes nothing, and clients that only count."""
+"""What HTTP processes carry: an engine that computes nothing, and clients that only count."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,16 +24,18 @@ from rich.console import Console
 ENDED = b"event: done"
 CHUNK = 1 << 16
 START_SECONDS = 30.0
+READY_IN_A_ROW = 32
+"""Connections that must all have met a process that is ready."""
 
 
 @dataclass(frozen=True)
 class Carried:
-    """Streams of tokens through one HTTP process.
+    """Streams of tokens through HTTP processes.
 
-    offered: what the engine says, tokens/s; cpu_seconds: of the HTTP process; tokens_per_core: that
-    it would carry if it had a whole core to itself.
+    cpu_seconds: of those processes; tokens_per_core: that one would carry with a core to itself.
     """
 
+    workers: int
     streams: int
     tokens: int
     seconds: float
@@ -52,49 +54,67 @@ class Idle:
 
 
 @contextmanager
-def worker(model: Path, rate: float) -> Generator[tuple[int, psutil.Process], None, None]:
-    """An HTTP process before a fake engine; its port and the process."""
-    with tempfile.TemporaryDirectory(prefix="ropeway-") as folder, socket.socket() as listener:
+def workers(
+    model: Path, rate: float, count: int = 1
+) -> Generator[tuple[int, list[psutil.Process]], None, None]:
+    """HTTP processes on one port, before a fake engine; the port and the processes."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ropeway-"))
         address = f"ipc://{folder}/engine"
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(4096)
+        engine = [sys.executable, "-P", "-m", "loadtest.fake_engine", address, str(rate)]
+        stack.enter_context(_killed(subprocess.Popen(engine)))
+        port, listeners = 0, []
+        for _ in range(count):
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(("127.0.0.1", port))
+            listener.listen(4096)
+            port = listener.getsockname()[1]
+            listeners.append(listener)
         settings = {"max_queue": 8192, "keep_alive_seconds": 60.0}
-        config = {"address": address, "model_dir": str(model), "listener": listener.fileno()}
-        engine = subprocess.Popen(
-            [sys.executable, "-P", "-m", "loadtest.fake_engine", address, str(rate)]
-        )
-        server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "server.worker"],
-            stdin=subprocess.PIPE,
-            pass_fds=(listener.fileno(),),
-        )
-        try:
+        servers = []
+        for listener in listeners:
+            server = subprocess.Popen(
+                [sys.executable, "-P", "-m", "server.worker"],
+                stdin=subprocess.PIPE,
+                pass_fds=(listener.fileno(),),
+            )
+            servers.append(stack.enter_context(_killed(server)))
+            config = {"address": address, "model_dir": str(model), "listener": listener.fileno()}
             assert server.stdin is not None
             server.stdin.write(json.dumps(config | {"settings": settings}).encode() + b"\n")
             server.stdin.flush()
-            port = listener.getsockname()[1]
-            asyncio.run(_until_ready(port))
-            yield port, psutil.Process(server.pid)
-        finally:
-            for process in (server, engine):
-                process.kill()
-                process.wait()
-            if server.stdin is not None:
-                server.stdin.close()
+        asyncio.run(_until_ready(port, count))
+        yield port, [psutil.Process(server.pid) for server in servers]
 
 
-async def _until_ready(port: int) -> None:
+@contextmanager
+def _killed(process: subprocess.Popen[bytes]) -> Generator[subprocess.Popen[bytes], None, None]:
+    """At the end."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+async def _until_ready(port: int, count: int) -> None:
+    """All of so many processes, of which each connection picks one."""
     deadline = time.monotonic() + START_SECONDS
+    in_a_row = 0
     while time.monotonic() < deadline:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         answer = await reader.read()
         writer.close()
         await writer.wait_closed()
-        if b" 200 " in answer.split(b"\r\n", 1)[0]:
+        in_a_row = in_a_row + 1 if b" 200 " in answer.split(b"\r\n", 1)[0] else 0
+        if in_a_row == (1 if count == 1 else READY_IN_A_ROW):
             return
-        await asyncio.sleep(0.05)
-    raise TimeoutError(f"the HTTP process was not ready after {START_SECONDS:g} s")
+        await asyncio.sleep(0 if in_a_row else 0.05)
+    raise TimeoutError(f"the HTTP processes were not ready after {START_SECONDS:g} s")
 
 
 async def _ask(port: int, max_tokens: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -129,21 +149,26 @@ async def _follow(port: int, max_tokens: int) -> int:
     return tokens
 
 
-def carry(model: Path, streams: int, rate: float, seconds: float) -> Carried:
-    """As many streams at once as said, each with `rate` tokens a second for so long."""
-    with worker(model, rate) as (port, process):
+def carry(model: Path, streams: int, rate: float, seconds: float, count: int = 1) -> Carried:
+    """As many streams at once as said, each with `rate` tokens a second for so long, through
+    `count` HTTP processes."""
+    with workers(model, rate, count) as (port, processes):
         max_tokens = max(2, int(rate * seconds))
 
         async def all_streams() -> int:
             return sum(await asyncio.gather(*(_follow(port, max_tokens) for _ in range(streams))))
 
-        before = process.cpu_times()
+        before = _cpu_seconds(processes)
         began = time.monotonic()
         tokens = asyncio.run(all_streams())
         elapsed = time.monotonic() - began
-        after = process.cpu_times()
-    cpu = after.user + after.system - before.user - before.system
-    return Carried(streams, tokens, elapsed, cpu, tokens / elapsed, tokens / cpu)
+        cpu = _cpu_seconds(processes) - before
+    return Carried(count, streams, tokens, elapsed, cpu, tokens / elapsed, tokens / cpu)
+
+
+def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return float(sum(each.user + each.system for each in times))
 
 
 def idle(model: Path, streams: int) -> Idle:
@@ -152,7 +177,7 @@ def idle(model: Path, streams: int) -> Idle:
     needed = streams + 256
     if soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
-    with worker(model, 0) as (port, process):
+    with workers(model, 0) as (port, (process,)):
 
         async def grow() -> int:
             writers = [(await _ask(port, 64))[1] for _ in range(8)]  # what is loaded once
@@ -170,7 +195,8 @@ def idle(model: Path, streams: int) -> Idle:
 
 def measure(
     model: Annotated[Path, typer.Option(help="Whose tokenizer is used.")] = Path("weights/default"),
-    streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 64,
+    count: Annotated[int, typer.Option("--workers", min=1, help="HTTP processes.")] = 1,
+    streams: Annotated[int, typer.Option(min=1, help="Streams at once, per process.")] = 64,
     rate: Annotated[float, typer.Option(min=1, help="Tokens a second of each stream.")] = 500,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of each run.")] = 5,
     runs: Annotated[int, typer.Option(min=1, help="Runs; all are shown.")] = 3,
@@ -179,19 +205,21 @@ def measure(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the document there too.")
     ] = None,
 ) -> None:
-    """Tokens/s of server-sent events that one HTTP process carries, and what waiting streams cost.
+    """Tokens/s of server-sent events that HTTP processes carry, and what waiting streams cost one.
 
-    The engine computes nothing, so the HTTP process is what is measured: by its own processor time,
-    which other programs do not disturb much.
+    The engine computes nothing, so the HTTP processes are what is measured: by their own processor
+    time, which other programs do not disturb much.
     """
     console = Console(stderr=True)
     carried = []
     for _ in range(runs):
-        carried.append(carry(model, streams, rate, seconds))
+        last = carry(model, count * streams, rate, seconds, count)
+        carried.append(last)
         console.print(
-            f"{streams} streams: {carried[-1].tokens_per_second:,.0f} tokens/s with "
-            f"{carried[-1].cpu_seconds / carried[-1].seconds:.0%} of a core: "
-            f"{carried[-1].tokens_per_core:,.0f} tokens/s and core"
+            f"{last.streams} streams, {count} processes: {last.tokens_per_second:,.0f} tokens/s "
+            f"with {last.cpu_seconds / last.seconds:.0%} of a core: "
+            f"{last.tokens_per_core:,.0f} tokens/s and core",
+            soft_wrap=True,
         )
     waiting = idle(model, idle_streams)
     console.print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,6 +100,15 @@ class ChatTemplate:
             token_ids.append(self._tokenizer.special_tokens[match[0]])
             at = match.end()
         return token_ids + self._encode(text[at:])
+
+    def beginning(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """What every prompt begins with whose conversation begins with these messages and goes on
+        with a user's. Raises InvalidRequest."""
+        some, others = (
+            self.token_ids([*messages, {"role": "user", "content": said}]) for said in ("a", "0")
+        )
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(some, others, strict=False))
+        return [token_id for token_id, _ in same]
 
     def _plain(self, text: str) -> str:
         """Break what looks like a special token."""

@@ -34,6 +34,7 @@ from server.options import (
 )
 from server.outcome import FAILED, UNDECIDED, extra, fail, reported
 from server.panel import show
+from server.prefixes import read_prefix
 from server.running import run
 from server.settings import LogFormat, LogLevel, ServerSettings
 from server.sizes import format_size
@@ -137,6 +138,14 @@ def serve(
     share_prefix_cache: Annotated[
         bool, option("--share-prefix-cache", help="Cached prompts serve all keys, not only one.")
     ] = False,
+    shared_prefix_file: Annotated[
+        list[Path] | None,
+        option(
+            metavar="FILE",
+            help="A text that prompts begin with and all keys share, or, in a .json file, the "
+            "messages that conversations begin with; may be repeated.",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, option(help="Origin of pages that may ask; may be repeated.")
     ] = None,
@@ -178,13 +187,14 @@ def serve(
         directory = servable(wanted, cache_dir or cache_directory(), Console(stderr=True))
         tokenizer = Tokenizer.from_directory(directory)
         chat = ChatTemplate.from_directory(directory, tokenizer)
+        prefixes = tuple(read_prefix(path, tokenizer, chat) for path in shared_prefix_file or ())
         config = EngineConfig(
             model_dir=str(directory),
             device=device,
             dtype=dtype,
             quantize=quantize,
             threads=threads,
-            cache=CacheConfig(block_size=block_size, kv_memory=kv_memory),
+            cache=CacheConfig(block_size=block_size, kv_memory=kv_memory, shared_prefixes=prefixes),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
@@ -222,7 +232,16 @@ def serve(
     def announce(ready: EngineReady) -> None:
         secure, keys = ssl_certfile is not None, api_key_file is not None
         seconds = time.monotonic() - began
-        show(Console(), ready, host, bound_port, seconds, secure=secure, keys=keys)
+        show(
+            Console(),
+            ready,
+            host,
+            bound_port,
+            seconds,
+            secure=secure,
+            keys=keys,
+            prefixes=prefixes,
+        )
 
     with reported():
         process = EngineProcess(config)

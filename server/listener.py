@@ -37,6 +37,11 @@ def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
     return [listen(host, port, shared=True) for _ in range(count)]
 
 
+def _no_passphrase() -> str:
+    """Instead of OpenSSL's question at the terminal, which each HTTP process would ask."""
+    raise ConfigError("ssl_keyfile must have no passphrase")
+
+
 def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
     """Raises ConfigError for files that HTTPS could not be spoken with."""
     if certfile is None:
@@ -44,7 +49,8 @@ def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
             raise ConfigError("ssl_keyfile needs ssl_certfile as well")
         return
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certfile, keyfile, password=_no_passphrase)
     except (OSError, ssl.SSLError) as error:
         where = certfile if keyfile is None else f"{certfile} with the key {keyfile}"
         raise ConfigError(f"ssl_certfile {where} cannot be used: {error}") from error

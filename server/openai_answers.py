@@ -70,13 +70,20 @@ class CompletionChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
-    """The body of /v1/completions, or one chunk of its stream."""
+class Answer:
+    """What all bodies and chunks begin with. created: seconds since 1970."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
+    object: str
     created: int
     model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(Answer):
+    """The body of /v1/completions, or one chunk of its stream."""
+
+    object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: OpenAIUsage | None = None
 
@@ -123,13 +130,10 @@ class ChatChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatCompletion:
+class ChatCompletion(Answer):
     """The body of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: OpenAIUsage
 
@@ -145,13 +149,10 @@ class ChatChunkChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatChunk:
+class ChatChunk(Answer):
     """One chunk of the stream of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: OpenAIUsage | None = None
 

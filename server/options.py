@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import wraps
 from importlib import resources
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Concatenate, TypeVar
 
 import typer
 
 from engine.config import Device, DType, Quantize
+from engine.errors import ConfigError
+from engine.scaling import RopeScaling
 from server.outcome import FAILED, fail
 from server.sizes import parse_size
+
+T = TypeVar("T")
 
 
 def option(*names: str, **settings: Any) -> Any:
@@ -26,6 +34,38 @@ def size_option(text: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
+def rope_option(text: str) -> RopeScaling:
+    """A parser for typer: TYPE, TYPE:FACTOR, or what a request's `rope` may be, as JSON."""
+    try:
+        if text.lstrip().startswith("{"):
+            return RopeScaling.from_dict(json.loads(text))
+        kind, _, factor = text.partition(":")
+        values: dict[str, Any] = {"type": kind}
+        return RopeScaling.from_dict(values | {"factor": float(factor)} if factor else values)
+    except (ConfigError, ValueError) as error:
+        raise typer.BadParameter(f"{error}; it is such as ntk:4, or JSON, got {text!r}") from error
+
+
+def taking(
+    options: Callable[..., T],
+) -> Callable[[Callable[Concatenate[T, ...], None]], Callable[..., None]]:
+    """A command whose first argument is a dataclass of options: to typer, they are its own."""
+    theirs = signature(options, eval_str=True).parameters
+
+    def decorate(command: Callable[Concatenate[T, ...], None]) -> Callable[..., None]:
+        _, *own = signature(command, eval_str=True).parameters.values()
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            taken = options(**{name: values.pop(name) for name in theirs})
+            command(taken, **values)
+
+        run.__signature__ = Signature([*own, *theirs.values()])  # type: ignore[attr-defined]  # what typer reads
+        return run
+
+    return decorate
+
+
 SET_HELP = "What you know: pairing, rope_base, num_heads or another setting; may be repeated."
 SetOption = Annotated[list[str] | None, option("--set", metavar="NAME=VALUE", help=SET_HELP)]
 TEXT_HELP = "Text like the training text, to score on what the files leave open."
@@ -33,6 +73,15 @@ TextOption = Annotated[Path | None, option(metavar="FILE", help=TEXT_HELP)]
 
 ModelOption = Annotated[
     Path | None, option(metavar="DIR", help="Model directory.", show_default="the shipped")
+]
+RopeOption = Annotated[
+    RopeScaling | None,
+    option(
+        parser=rope_option,
+        metavar="ROPE",
+        help="Stretch the context: ntk:4, yarn:4 ..., or JSON as in a request.",
+        show_default="the model's own",
+    ),
 ]
 DeviceOption = Annotated[Device, option(help="Where the model runs.")]
 DTypeOption = Annotated[

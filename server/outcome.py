@@ -21,6 +21,7 @@ CONFIGS = (EngineConfig, CacheConfig, SchedulerConfig, ServerSettings)
 OPTIONS = {
     *(field.name for config in CONFIGS for field in fields(config)),
     *SamplingParams.__struct_fields__,
+    "shared_prefix_file",
 }
 """Settings that are options; errors begin with their names."""
 

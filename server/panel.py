@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from engine.config import SharedPrefix
 from engine.messages import EngineReady
 from server.sizes import format_size
 
@@ -35,6 +38,13 @@ def cache_line(ready: EngineReady) -> str:
     )
 
 
+def shared_line(prefix: SharedPrefix, block_size: int) -> str:
+    """What of a declared prefix is shared: its whole pages."""
+    count = len(prefix.token_ids)
+    pages = count // block_size
+    return f"{pages * block_size:,} of {count:,} tokens ({pages:,} pages) of {prefix.name}"
+
+
 def show(
     console: Console,
     ready: EngineReady,
@@ -44,8 +54,10 @@ def show(
     *,
     secure: bool = False,
     keys: bool = False,
+    prefixes: Sequence[SharedPrefix] = (),
 ) -> None:
-    """Print it. seconds: from the command to ready; secure: HTTPS; keys: API keys are needed."""
+    """Print it. seconds: from the command to ready; secure: HTTPS; keys: API keys are needed;
+    prefixes: what all of them share."""
     url = url_of(host, port, secure=secure)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -60,6 +72,7 @@ def show(
         ("attention", ready.attention),
         ("cache", cache_line(ready)),
         ("step", f"{ready.max_num_seqs:,} sequences, {ready.max_num_batched_tokens:,} tokens"),
+        *(("shared", shared_line(each, ready.block_size)) for each in prefixes),
         *(("note", note) for note in ready.notes),
     ):
         table.add_row(name, Text(value))

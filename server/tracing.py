@@ -6,6 +6,7 @@ Comes with the extra `otel`; nothing else imports this file before it is asked f
 from __future__ import annotations
 
 import time
+from http import HTTPStatus
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -55,8 +56,12 @@ class Tracing:
                 }
             )
 
+            status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+
             async def send_noted(message: Message) -> None:
+                nonlocal status
                 if message["type"] == "http.response.start":
+                    status = message["status"]
                     span.set_attribute("http.response.status_code", message["status"])
                 await send(message)
 
@@ -64,7 +69,9 @@ class Tracing:
                 await self._app(scope, receive, send_noted)
             finally:
                 if caller.failure is not None:
-                    span.set_status(trace.StatusCode.ERROR, caller.failure)
+                    span.set_attribute("error.type", caller.failure)
+                    if not 400 <= status < 500:  # which is no error of a server's span
+                        span.set_status(trace.StatusCode.ERROR, caller.failure)
                 for stream in caller.streams:
                     self._add(stream)
 

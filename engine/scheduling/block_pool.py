@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from engine.scheduling.prefix_cache import CachedPage, Origin, Parent, PrefixCache
+from engine.scheduling.prefix_cache import CachedPage, Lineage, Parent, PrefixCache
 
 
 class BlockPool:
@@ -65,9 +65,11 @@ class BlockPool:
                 if block_id not in self._cache:
                     self._free.move_to_end(block_id, last=False)
 
-    def match(self, origin: Origin, token_ids: Sequence[int], max_blocks: int) -> list[CachedPage]:
+    def match(
+        self, lineage: Lineage, token_ids: Sequence[int], max_blocks: int
+    ) -> list[CachedPage]:
         """The pages, at most max_blocks, that hold the longest known beginning of token_ids."""
-        return self._cache.match(origin, token_ids, self.block_size, max_blocks)
+        return self._cache.match(lineage, token_ids, self.block_size, max_blocks)
 
     def num_free_without(self, pages: Iterable[CachedPage]) -> int:
         """Blocks that are left once these pages are shared."""

@@ -8,12 +8,30 @@ from itertools import count
 
 from engine.scaling import RopeScaling
 
-Origin = tuple[RopeScaling, str]
-"""What prefixes begin with: a rotation in force and the request's cache_salt. Not the row that the
-rotation has: a row may be another's tomorrow, and pages outlive requests."""
+Parent = tuple[RopeScaling | int, str]
+"""What a page follows: the serial number of another page, or what prefixes begin with, a rotation
+in force; and the cache_salt where it enters, else nothing. Not the row that the rotation has: a row
+may be another's tomorrow, and pages outlive requests."""
 
-Parent = Origin | int
-"""What a page follows: an origin, or the serial number of another page."""
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What a request's pages descend from.
+
+    num_shared: so many of its first pages are without the salt. The salt enters once, in the page
+    behind them, and all that follows it descends from it.
+    """
+
+    scaling: RopeScaling
+    salt: str
+    num_shared: int = 0
+
+    def parent(self, at: int, follows: int | None) -> Parent:
+        """Of the page `at`; follows: the serial number of the page before it, None: the first."""
+        return (
+            self.scaling if follows is None else follows,
+            self.salt if at == self.num_shared else "",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +66,18 @@ class PrefixCache:
         return len(self._of_block)
 
     def match(
-        self, origin: Origin, token_ids: Sequence[int], block_size: int, max_blocks: int
+        self, lineage: Lineage, token_ids: Sequence[int], block_size: int, max_blocks: int
     ) -> list[CachedPage]:
         """The pages, at most max_blocks, that hold the longest known beginning of token_ids."""
         pages: list[CachedPage] = []
-        parent: Parent = origin
-        for start in range(0, max_blocks * block_size, block_size):
-            page = self._pages.get((parent, tuple(token_ids[start : start + block_size])))
+        serial = None
+        for at in range(max_blocks):
+            content = tuple(token_ids[at * block_size : (at + 1) * block_size])
+            page = self._pages.get((lineage.parent(at, serial), content))
             if page is None:
                 break
             pages.append(page)
-            parent = page.serial
+            serial = page.serial
         return pages
 
     def insert(self, parent: Parent, token_ids: Sequence[int], block_id: int) -> int | None:
@@ -67,7 +86,7 @@ class PrefixCache:
         Where the same prefix is known already, that page's number is returned and block_id is not
         noted. None: the parent is gone, so nobody could find the page.
         """
-        if isinstance(parent, int) and parent not in self._living:
+        if isinstance(parent[0], int) and parent[0] not in self._living:
             return None
         key = (parent, tuple(token_ids))
         page = self._pages.get(key)

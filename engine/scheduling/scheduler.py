@@ -24,6 +24,7 @@ from engine.messages import (
 from engine.request import FinishReason, Request, RequestStatus
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import ProfileRows
+from engine.scheduling.shared import SharedPrefixes
 from engine.scheduling.tables import BlockTables, reach
 
 
@@ -36,13 +37,15 @@ class Scheduler:
         pool: BlockPool,
         clock: Callable[[], float] = time.monotonic,
         profiles: ProfileRows | None = None,
+        shared: SharedPrefixes | None = None,
     ) -> None:
         """clock: seconds; for the time that requests wait, and their timeouts. profiles: None: the
-        one of a model without a scaling."""
+        one of a model without a scaling. shared: None: nothing is."""
         self.config = config
         self.pool = pool
         self.profiles = ProfileRows() if profiles is None else profiles
         self.tables = BlockTables(pool, self.profiles)
+        self._shared = SharedPrefixes([], pool.block_size) if shared is None else shared
         self._clock = clock
         self._waiting: list[Request] = []  # whose turn is next first
         self._running: list[Request] = []  # oldest first
@@ -90,6 +93,8 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id} is here already")
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        request.num_shared_blocks = self._shared.num_pages(prompt)
         request.arrival = self._clock() - elapsed_s
         advance = request.options.priority * self.config.priority_seconds
         request.turn = (request.arrival - advance, next(self._numbers))

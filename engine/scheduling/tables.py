@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.request import Request
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.prefix_cache import CachedPage
+from engine.scheduling.prefix_cache import CachedPage, Lineage
 from engine.scheduling.profiles import ProfileRows
 
 
@@ -37,7 +37,7 @@ class BlockTables:
         max_blocks = (reach(request) - 1) // self.pool.block_size
         if request.next_scored is not None:
             max_blocks = min(max_blocks, request.next_scored // self.pool.block_size)
-        return self.pool.match(request.origin, request.token_ids, max_blocks)
+        return self.pool.match(_lineage(request), request.token_ids, max_blocks)
 
     def begin(self, request: Request, pages: list[CachedPage]) -> None:
         """Begin a table with cached pages, and extend it over what can be computed."""
@@ -45,7 +45,7 @@ class BlockTables:
         request.bases = [at * self.pool.block_size for at in range(len(pages))]
         request.num_computed_tokens = len(pages) * self.pool.block_size
         request.num_remembered_blocks = len(pages)
-        request.prefix = pages[-1].serial if pages else request.origin
+        request.prefix = pages[-1].serial if pages else None
         self.grow(request)
 
     def grow(self, request: Request) -> None:
@@ -80,10 +80,11 @@ class BlockTables:
         ):
             at = request.num_remembered_blocks
             request.num_remembered_blocks += 1
-            if request.prefix is not None:
-                token_ids = request.token_ids[at * size : (at + 1) * size]
+            if at == 0 or request.prefix is not None:
                 request.prefix = self.pool.remember(
-                    request.prefix, token_ids, request.block_table[at]
+                    _lineage(request).parent(at, request.prefix),
+                    request.token_ids[at * size : (at + 1) * size],
+                    request.block_table[at],
                 )
 
     def end(self, request: Request) -> None:
@@ -92,6 +93,11 @@ class BlockTables:
         request.block_table = []
         request.bases = []
         request.num_computed_tokens = 0
+
+
+def _lineage(request: Request) -> Lineage:
+    """Under the rotation in force, so a new one after each change of that."""
+    return Lineage(request.scaling, request.options.cache_salt, request.num_shared_blocks)
 
 
 def reach(request: Request) -> int:

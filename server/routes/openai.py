@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -10,12 +9,12 @@ import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
 from engine.messages import EngineReady
-from server.collect import CLIENT_CLOSED_REQUEST, Outputs, collect
+from server.collect import CLIENT_CLOSED_REQUEST, collect
 from server.content import require_json
 from server.errors import OPENAI_DOCUMENTED, ApiError
 from server.openai_answers import ChatCompletion, Completion, Model, ModelList
 from server.openai_events import ChatEvents, CompletionEvents
-from server.openai_schemas import ChatRequest, CompletionRequest
+from server.openai_schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.schemas import OpenAIErrorBody, prompts_of
 from server.service import CallerDep, Generation, Service, ServiceDep
 from server.sse import EVENT_SCHEMA, EventStream
@@ -102,9 +101,7 @@ async def completions(
         logprobs=body.logprobs is not None,
         prompt_only=body.prompt_only,
     )
-    if body.stream:
-        return EventStream(generation, events, service.settings.keep_alive_seconds)
-    return await _whole(generation, request, events.body)
+    return await _answer(body, request, service, generation, events)
 
 
 @router.post(
@@ -138,17 +135,22 @@ async def chat(
         service.engine.tokenizer,
         include_usage=include_usage,
     )
+    return await _answer(body, request, service, generation, events)
+
+
+async def _answer(
+    body: OpenAIRequest,
+    request: Request,
+    service: Service,
+    generation: Generation,
+    events: CompletionEvents | ChatEvents,
+) -> Response:
+    """A stream, or all in one body."""
     if body.stream:
         return EventStream(generation, events, service.settings.keep_alive_seconds)
-    return await _whole(generation, request, events.body)
-
-
-async def _whole(
-    generation: Generation, request: Request, body: Callable[[Outputs], bytes]
-) -> Response:
     outputs = await collect(generation, request)
     if outputs is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(
-        body(outputs), headers={"Cache-Control": "no-store"}, media_type="application/json"
+        events.body(outputs), headers={"Cache-Control": "no-store"}, media_type="application/json"
     )

@@ -1,18 +1,19 @@
 // The playground: asks POST /generate and shows what comes. What a model wrote becomes text nodes,
 // never HTML; the page's Content-Security-Policy would refuse it.
 
+import { plot } from "./plot.js";
+import { hideTip, tokenElement } from "./tokens.js";
+
 const ALTERNATIVES = 5;
-const LEVELS = [0.5, 0.2, 0.05, 0.01]; // probabilities; below each, a token is more of a surprise
 const NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$/; // as JSON has it
-const SVG = "http://www.w3.org/2000/svg";
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 const promptBox = form.elements.prompt;
-const tip = $("alternatives");
 
 let running = null; // the AbortController of what runs
 let runs = [];
+let model = null; // what the server says of it
 
 // --- asking -------------------------------------------------------------------------------------
 
@@ -58,6 +59,39 @@ const object = (pairs) => `{${pairs.map(([name, value]) => `"${name}":${value}`)
 const filled = (selector) =>
   [...form.querySelectorAll(selector)].filter((input) => input.value.trim() !== "").map((input) => [input.name, json(input)]);
 
+/** What the output must obey, as [name, JSON]: a kind, and the text that goes with it. */
+function grammar() {
+  const text = form.elements.grammar.value;
+  switch (form.elements.obey.value) {
+    case "json":
+      return [["response_format", '{"type":"json_object"}']];
+    case "json_schema":
+      return [["response_format", `{"type":"json_schema","json_schema":{"schema":${written(text)}}}`]];
+    case "regex":
+      return [["regex", JSON.stringify(text)]];
+    case "choice":
+      return [["choice", JSON.stringify(text.split("\n").filter((line) => line !== ""))]];
+    default:
+      return [];
+  }
+}
+
+/** Texts that end the output: one as it is, or JSON. */
+function stops() {
+  const text = form.elements.stop.value;
+  return text === "" ? [] : [["stop", text.startsWith("[") ? written(text) : JSON.stringify(text)]];
+}
+
+/** JSON as it was written; what is none goes as a text. */
+function written(text) {
+  try {
+    JSON.parse(text);
+    return text;
+  } catch {
+    return JSON.stringify(text);
+  }
+}
+
 /** A rotation as it is asked for: its JSON (null: the model's own) and its name. */
 function rotation(profile) {
   const pairs = filled(`[data-profile="${profile}"] [name]`).map(([name, value]) => [name.slice("rope.".length), value]);
@@ -91,16 +125,27 @@ class Run {
     this.rotation = rotation(profile);
     this.rope = this.rotation.json ? [["rope", this.rotation.json]] : [];
     this.body = object([...fields, ...this.rope]);
-    this.tokens = []; // data of the events
+    this.tokens = []; // data of the events, of all choices
     this.scored = []; // log-probabilities of the prompt's tokens, from the second on
     this.note = ""; // why there are none
+    this.reasons = []; // why each choice ended, where there are several
     this.element = $("run").content.firstElementChild.cloneNode(true);
     this.element.querySelector("h2").textContent = this.rotation.name;
-    this.output = this.element.querySelector(".output");
+    this.outputs = [this.element.querySelector(".output")];
     const prompt = document.createElement("span");
     prompt.className = "prompt";
     prompt.textContent = promptBox.value;
-    this.output.append(prompt);
+    this.outputs[0].append(prompt);
+  }
+
+  /** Where a choice is shown; the others follow the first, which has the prompt. */
+  output(choice) {
+    for (let at = this.outputs.length; at <= choice; at++) {
+      const next = this.outputs[0].cloneNode(false);
+      this.outputs[at - 1].after(next);
+      this.outputs.push(next);
+    }
+    return this.outputs[choice];
   }
 
   say(state) {
@@ -113,7 +158,7 @@ class Run {
 
   /** Ask, and show what comes until it ends, one way or the other. */
   async go(signal) {
-    this.output.setAttribute("aria-busy", "true");
+    this.outputs[0].setAttribute("aria-busy", "true");
     this.say("waiting");
     try {
       if (comparing()) await this.score(signal);
@@ -122,7 +167,7 @@ class Run {
       this.say(signal.aborted ? `stopped after ${this.tokens.length} tokens` : "");
       if (!signal.aborted) this.fail(error);
     } finally {
-      this.output.removeAttribute("aria-busy");
+      for (const output of this.outputs) output.removeAttribute("aria-busy");
     }
   }
 
@@ -141,9 +186,10 @@ class Run {
     }
   }
 
-  /** Log-probabilities of prompt and answer. */
+  /** Log-probabilities of the prompt and of its first answer. */
   logprobs() {
-    return [...this.scored, ...this.tokens.map(({ logprob }) => logprob)];
+    const first = this.tokens.filter(({ choice }) => !choice);
+    return [...this.scored, ...first.map(({ logprob }) => logprob)];
   }
 
   async stream(signal) {
@@ -152,6 +198,7 @@ class Run {
     for await (const some of events(response)) {
       const tokens = some.filter(({ event }) => event === "token").map(({ data }) => data);
       if (tokens.length) this.add(tokens, asked);
+      for (const { event, data } of some) if (event === "finish") this.reasons[data.choice] = data.finish_reason;
       const last = some.at(-1);
       if (last?.event === "done") return this.finish(last.data);
       if (last?.event === "error") throw new Refusal(response.status, last.data);
@@ -166,15 +213,21 @@ class Run {
       this.say("generating");
       this.figure("first", `${(now - asked).toFixed(0)} ms`);
     }
-    const { scrollHeight, scrollTop, clientHeight } = this.output;
-    const following = scrollHeight - scrollTop - clientHeight < 40;
-    this.output.append(...tokens.map((token, at) => tokenElement(token, this.tokens.length + at)));
-    if (following) this.output.scrollTop = this.output.scrollHeight;
+    for (const [choice, some] of Map.groupBy(tokens, (token) => token.choice ?? 0)) this.append(choice, some);
     this.tokens.push(...tokens);
     this.figure("completion", this.tokens.length);
     const seconds = (now - this.firstAt) / 1000;
-    if (seconds > 0) this.figure("speed", `${((this.tokens.length - 1) / seconds).toFixed(0)} tokens/s`);
+    if (seconds > 0) this.figure("speed", ((this.tokens.length - 1) / seconds).toFixed(0));
     redraw();
+  }
+
+  /** Show tokens of a choice, and follow them where its end was in sight. */
+  append(choice, tokens) {
+    const output = this.output(choice);
+    const { scrollHeight, scrollTop, clientHeight } = output;
+    const following = scrollHeight - scrollTop - clientHeight < 40;
+    output.append(...tokens.map((token) => tokenElement(token, token.index)));
+    if (following) output.scrollTop = output.scrollHeight;
   }
 
   finish({ finish_reason, usage }) {
@@ -182,7 +235,7 @@ class Run {
     this.figure("cached", usage.cached_tokens);
     this.figure("completion", usage.completion_tokens);
     const dropped = usage.dropped_tokens ? `; ${usage.dropped_tokens} tokens dropped` : "";
-    this.say(`finished: ${finish_reason}${dropped}${this.note}`);
+    this.say(`finished: ${finish_reason ?? [...new Set(this.reasons)].join(", ")}${dropped}${this.note}`);
   }
 
   /** Show an error where it belongs: at the field that it names, else at the answer. */
@@ -218,177 +271,29 @@ function code(text) {
 /** The input that the server calls `name`; one of a rotation is the profile's. */
 function fieldOf(name, profile) {
   const base = name.split("[")[0];
+  if (["regex", "choice", "response_format"].includes(base.split(".")[0])) return form.elements[form.elements.grammar.disabled ? "obey" : "grammar"];
   const own = form.querySelector(`[data-profile="${profile}"] [name^="${CSS.escape(base)}"]`);
   return base === "rope" || base.startsWith("rope.") ? own : form.elements[base];
 }
 
-// --- tokens -------------------------------------------------------------------------------------
-
-const shown = new WeakMap(); // element of a token -> the event's data
-let explained = null; // the element that the tip is about
-
-function tokenElement(token, index) {
-  const element = document.createElement("span");
-  const probability = Math.exp(token.logprob);
-  element.className = "token";
-  element.tabIndex = -1;
-  element.dataset.level = LEVELS.filter((level) => probability < level).length;
-  element.dataset.index = index;
-  element.classList.toggle("part", token.text === "");
-  element.classList.toggle("line", token.text.startsWith("\n"));
-  element.textContent = token.text;
-  shown.set(element, token);
-  return element;
-}
-
-const percent = (logprob) => {
-  const share = 100 * Math.exp(logprob);
-  return share < 0.01 ? "< 0.01 %" : `${share.toFixed(share < 10 ? 2 : 1)} %`;
-};
-
-/** Spaces and line ends of a token made visible. */
-const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ | $/g, "␣") || "◦";
-
-/** What else was likely in a token's place, beside it. */
-function explain(element) {
-  const { token_id, text, logprob, top_logprobs } = shown.get(element);
-  const table = document.createElement("table");
-  const taken = top_logprobs.find((each) => each.token_id === token_id);
-  const rows = taken ? top_logprobs : [{ token_id, token: text, logprob }, ...top_logprobs];
-  table.createCaption().textContent = `token ${token_id} at ${Number(element.dataset.index) + 1}`;
-  for (const row of rows) {
-    const line = table.insertRow();
-    const name = document.createElement("th");
-    const meter = document.createElement("meter");
-    name.scope = "row";
-    name.textContent = visible(row.token);
-    meter.value = Math.exp(row.logprob);
-    line.className = row.token_id === token_id ? "taken" : "";
-    line.append(name);
-    line.insertCell().textContent = percent(row.logprob);
-    line.insertCell().append(meter);
-  }
-  tip.replaceChildren(table);
-  tip.hidden = false;
-  explained?.removeAttribute("aria-describedby");
-  explained = element;
-  explained.setAttribute("aria-describedby", tip.id);
-  placeTip();
-}
-
-/** Below the token where there is room, else above. */
-function placeTip() {
-  const [place] = explained.getClientRects();
-  const { width, height } = tip.getBoundingClientRect();
-  const below = place.bottom + 6;
-  const fits = below + height < innerHeight;
-  tip.style.left = `${Math.max(8, Math.min(place.left, innerWidth - width - 8))}px`;
-  tip.style.top = `${fits ? below : Math.max(8, place.top - height - 6)}px`;
-}
-
-function hideTip() {
-  tip.hidden = true;
-}
-
-for (const kind of ["pointerover", "focusin"]) {
-  $("runs").addEventListener(kind, ({ target }) => (shown.has(target) ? explain(target) : hideTip()));
-}
-for (const kind of ["pointerleave", "focusout"]) $("runs").addEventListener(kind, hideTip);
-addEventListener("scroll", () => (explained === document.activeElement && !tip.hidden ? placeTip() : hideTip()), { capture: true, passive: true });
-
-const MOVES = {
-  ArrowRight: (tokens, at) => tokens[at + 1],
-  ArrowLeft: (tokens, at) => tokens[at - 1],
-  Home: (tokens) => tokens[0],
-  End: (tokens) => tokens.at(-1),
-};
-
-$("runs").addEventListener("keydown", (event) => {
-  const output = event.target.closest(".output");
-  if (!output || !(event.key in MOVES) || event.ctrlKey || event.altKey || event.metaKey) return;
-  const tokens = [...output.querySelectorAll(".token")];
-  const next = MOVES[event.key](tokens, tokens.indexOf(event.target));
-  event.preventDefault();
-  next?.focus();
-});
-
 // --- the plot -----------------------------------------------------------------------------------
-
-/** Perplexity up to each token: exp of the mean negative log-probability of those before it, of all
- *  or of the last `window`. */
-function perplexities(logprobs, window) {
-  let sum = 0;
-  return logprobs.map((logprob, at) => {
-    sum -= logprob;
-    if (window && at >= window) sum += logprobs[at - window];
-    return Math.exp(sum / (window ? Math.min(at + 1, window) : at + 1));
-  });
-}
-
-/** Round numbers in a range, at most `count` or so. */
-function ticks(from, to, count) {
-  const raw = (to - from) / count;
-  const power = 10 ** Math.floor(Math.log10(raw));
-  const step = Math.max(1, [1, 2, 5, 10].find((each) => each * power >= raw) * power);
-  const first = Math.ceil(from / step) * step;
-  return Array.from({ length: Math.max(0, Math.floor((to - first) / step) + 1) }, (_, at) => first + at * step);
-}
-
-/** 1, 2 and 5 times powers of ten in a range. */
-function logTicks(from, to) {
-  const powers = Array.from({ length: 12 }, (_, at) => 10 ** at);
-  return powers.flatMap((power) => [power, 2 * power, 5 * power]).filter((tick) => tick >= from && tick <= to);
-}
-
-function draw(name, attributes, text) {
-  const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  if (text !== undefined) element.textContent = text;
-  $("chart").append(element);
-}
-
-function plot() {
-  const chart = $("chart");
-  chart.replaceChildren();
-  $("reading").textContent = "";
-  const window = Number($("window").value);
-  const curves = runs.map((run) => ({ run, values: perplexities(run.logprobs(), window) }));
-  const drawn = curves.filter(({ values }) => values.length > 1);
-  if (!drawn.length) return;
-  const { width, height } = chart.getBoundingClientRect();
-  const [left, bottom, top, right] = [52, 24, 8, 10];
-  const to = Math.max(...drawn.map(({ values }) => values.length));
-  const all = drawn.flatMap(({ values }) => values);
-  const low = all.reduce((a, b) => Math.min(a, b)) / 1.15;
-  const high = all.reduce((a, b) => Math.max(a, b)) * 1.15;
-  const x = (position) => left + ((position - 1) / (to - 1)) * (width - left - right);
-  const y = (value) => height - bottom - (Math.log(value / low) / Math.log(high / low)) * (height - top - bottom);
-  chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  for (const tick of logTicks(low, high)) {
-    draw("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick) });
-    draw("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick);
-  }
-  for (const tick of ticks(1, to, width / 70)) {
-    draw("text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, tick);
-  }
-  const prompt = Math.max(...runs.map((run) => run.scored.length));
-  if (prompt) {
-    draw("line", { class: "mark", x1: x(prompt), x2: x(prompt), y1: top, y2: height - bottom });
-    draw("text", { x: x(prompt) + 4, y: height - bottom - 4 }, "answer");
-  }
-  for (const { run, values } of drawn) {
-    const points = values.map((value, at) => `${x(at + 1).toFixed(1)},${y(value).toFixed(1)}`);
-    draw("polyline", { class: run.profile, points: points.join(" ") });
-  }
-  $("reading").textContent = drawn.map(({ run, values }) => `${run.rotation.name}: ${values.at(-1).toFixed(1)}`).join("  ·  ");
-}
 
 let planned = 0;
 /** Plot once before the next frame. */
 function redraw() {
   if (!comparing()) return;
   cancelAnimationFrame(planned);
-  planned = requestAnimationFrame(plot);
+  planned = requestAnimationFrame(() => {
+    const curves = runs.map((run) => ({ name: run.profile, logprobs: run.logprobs() }));
+    const prompt = Math.max(0, ...runs.map((run) => run.scored.length));
+    const marks = [
+      { at: prompt, text: "answer", side: "bottom" },
+      { at: model?.max_model_len ?? 0, text: "trained context", side: "top" },
+    ];
+    const ends = plot($("chart"), curves, Number($("window").value), marks);
+    const name = (profile) => runs.find((run) => run.profile === profile).rotation.name;
+    $("reading").textContent = ends.map((end) => `${name(end.name)}: ${end.last.toFixed(1)}`).join("  ·  ");
+  });
 }
 new ResizeObserver(redraw).observe($("chart"));
 $("window").addEventListener("change", redraw);
@@ -407,7 +312,7 @@ function clearFaults() {
 
 function setBusy(busy) {
   $("generate").disabled = busy;
-  $("stop").disabled = !busy;
+  $("halt").disabled = !busy;
 }
 
 /** Both of two compared answers are drawn with one seed. */
@@ -418,10 +323,11 @@ function seedPair() {
 
 async function generate() {
   if (running) return;
+  if (model === null) describe();
   clearFaults();
   hideTip();
-  const sampling = filled("#settings fieldset:not(.rotation) [name]");
-  const fields = [["prompt", JSON.stringify(promptBox.value)], ...sampling, ...seedPair(), ["logprobs", ALTERNATIVES]];
+  const sampling = filled("#settings .plain [name]");
+  const fields = [["prompt", JSON.stringify(promptBox.value)], ...sampling, ...stops(), ...grammar(), ...seedPair(), ["logprobs", ALTERNATIVES]];
   runs = (comparing() ? ["a", "b"] : ["a"]).map((profile) => new Run(profile, fields));
   $("runs").replaceChildren(...runs.map((run) => run.element));
   redraw();
@@ -432,6 +338,33 @@ async function generate() {
   setBusy(false);
 }
 
+const GRAMMARS = {
+  json_schema: '{"type": "object", "properties": {"name": {"type": "string"}}}',
+  regex: "[A-Z][a-z ]+\\.",
+  choice: "yes\nno",
+};
+
+/** A kind of grammar brings an example, until something else was typed. */
+function chooseGrammar() {
+  const box = form.elements.grammar;
+  const example = GRAMMARS[form.elements.obey.value];
+  if (box.value === "" || Object.values(GRAMMARS).includes(box.value)) box.value = example ?? "";
+  box.disabled = example === undefined;
+  box.closest(".field").hidden = box.disabled;
+}
+
+/** Say what is served, if the server can tell yet. */
+async function describe() {
+  try {
+    [model] = (await (await ask("v1/models")).json()).data;
+  } catch {
+    return; // it is starting, or wants a key; what is asked of it will say so
+  }
+  $("model").textContent = model.id;
+  $("context").textContent = `trained context ${model.max_model_len.toLocaleString("en")} tokens`;
+  redraw();
+}
+
 function stop() {
   running?.abort();
 }
@@ -440,7 +373,7 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
 });
-$("stop").addEventListener("click", stop);
+$("halt").addEventListener("click", stop);
 addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
@@ -454,5 +387,8 @@ $("compare").addEventListener("change", () => {
   document.body.classList.toggle("comparing", comparing());
   redraw();
 });
+form.elements.obey.addEventListener("change", chooseGrammar);
 $("settings").open = matchMedia("(min-width: 701px)").matches;
 document.body.classList.toggle("comparing", comparing());
+chooseGrammar();
+describe();

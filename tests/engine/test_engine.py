@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import LLM, RequestOptions, SamplingParams
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig, SharedPrefix
 from engine.core import EngineCore, available_memory
 from engine.errors import ConfigError
 from engine.messages import AddRequest, EngineOutput
@@ -19,6 +19,7 @@ from engine.model.attention.reference import NaiveAttention
 from engine.model.gpt2 import GPT2
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable
+from engine.scaling import RopeScaling
 from tests.models import EOS, tiny_config, write_model
 
 CONFIG = tiny_config()
@@ -235,6 +236,57 @@ def test_padded_and_unused_ids_are_never_sampled(tiny_model_dir: Path) -> None:
         seen |= {token_id for token_id, _ in output.logprobs.top}
     assert seen.isdisjoint(unused)
     assert max(seen) < CONFIG.vocab_size
+
+
+def test_a_declared_prefix_is_shared_by_all_salts(tiny_model_dir: Path) -> None:
+    declared = tuple(range(40))  # two pages of 16, and a half
+    llm = LLM(
+        tiny_model_dir,
+        device="cpu",
+        dtype="float32",
+        block_size=16,
+        shared_prefixes=[SharedPrefix(name="system", token_ids=declared)],
+    )
+    plain = LLM(tiny_model_dir, device="cpu", dtype="float32", block_size=16)
+    prompt = [*declared, *range(60)]
+    greedy = SamplingParams(temperature=0, max_tokens=8, logprobs=3)
+    stretched = SamplingParams(
+        temperature=0, max_tokens=8, logprobs=3, rope=RopeScaling(type="ntk", factor=2)
+    )
+    for params, salt, cached_tokens in (
+        (greedy, "one", 0),
+        (greedy, "one", 96),
+        (greedy, "two", 32),
+        (stretched, "two", 0),
+        (stretched, "one", 32),
+    ):
+        (said,) = llm.generate([prompt], params, RequestOptions(cache_salt=salt))
+        assert said.usage.cached_tokens == cached_tokens
+        (alone,) = plain.generate([prompt], params, RequestOptions(cache_salt=f"{salt} alone"))
+        assert said.token_ids == alone.token_ids
+        assert said.logprobs == alone.logprobs
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "words"),
+    [
+        ((), "must have at least one page of 16 tokens"),
+        ((1,) * 15, "got 15 tokens"),
+        ((1,) * 193, "must fit the context of 192 tokens, got 193"),
+        ((*[1] * 16, CONFIG.vocab_size), f"token ids from 0 to {CONFIG.vocab_size - 1}"),
+    ],
+)
+def test_prefixes_that_could_never_be_of_use_are_refused(
+    tiny_model_dir: Path, token_ids: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"shared prefix system .*{words}"):
+        LLM(
+            tiny_model_dir,
+            device="cpu",
+            dtype="float32",
+            block_size=16,
+            shared_prefixes=[SharedPrefix(name="system", token_ids=token_ids)],
+        )
 
 
 def test_llm_generates_in_order(tiny_model_dir: Path) -> None:

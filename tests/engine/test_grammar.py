@@ -6,17 +6,20 @@ import json
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jsonschema
 import msgspec
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from engine import LLM, SamplingParams
 from engine.errors import GrammarFailed, InvalidRequest
 from engine.execution.masks import GrammarMasks
-from engine.grammar import Matcher, Vocabulary, check
+from engine.grammar import Matcher, Vocabulary, check, masks_of
 from engine.request import FinishReason, Grammar, Request
 from tests.models import EOS, tiny_config, write_model
 
@@ -193,15 +196,14 @@ def test_nothing_that_the_model_could_say(masks: GrammarMasks) -> None:
 def test_masks_are_found_in_another_thread(
     masks: GrammarMasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """prepare() returns while the mask is still being found."""
+    """prepare() returns while the masks are still being found."""
     gate = threading.Event()
-    found = Matcher.mask
 
-    def slow(self: Matcher) -> bytes:
+    def slow(matchers: Sequence[Matcher], vocabulary: Vocabulary) -> NDArray[np.uint8]:
         gate.wait(5)
-        return found(self)
+        return masks_of(matchers, vocabulary)
 
-    monkeypatch.setattr(Matcher, "mask", slow)
+    monkeypatch.setattr("engine.execution.masks.masks_of", slow)
     one = request(DATE, [])
     began = time.monotonic()
     masks.prepare([one])

@@ -13,13 +13,16 @@ from loadtest import http
 from loadtest.bench import app
 
 
-def test_one_short_run(tiny_model_dir: Path) -> None:
-    options = ["--model", str(tiny_model_dir), "--streams", "4", "--rate", "50", "--seconds", "0.4"]
-    result = CliRunner().invoke(app, ["http", *options, "--runs", "1", "--idle-streams", "10"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_short_run(tiny_model_dir: Path, workers: int) -> None:
+    options = ["--model", str(tiny_model_dir), "--workers", str(workers)]
+    options += ["--streams", "4", "--rate", "50", "--seconds", "0.4", "--runs", "1"]
+    result = CliRunner().invoke(app, ["http", *options, "--idle-streams", "10"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     (carried,) = document["carried"]
-    assert carried["tokens"] == 4 * 20
+    assert carried["workers"] == workers
+    assert carried["tokens"] == workers * 4 * 20
     assert carried["tokens_per_second"] > 0
     assert carried["tokens_per_core"] > carried["tokens_per_second"]
     assert document["idle"]["streams"] == 10

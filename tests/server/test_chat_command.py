@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import typer
 
 from engine.errors import ContextOverflow
 from engine.llm import LLM
 from engine.request import SamplingParams
+from engine.scaling import RopeScaling
 from server.chat import PLAIN, ChatTemplate
 from server.conversation import Conversation
+from server.options import rope_option
 
 COMMAND = [sys.executable, "-P", "-c", "from server.cli import main; main()", "chat"]
 OPTIONS = ["--dtype", "float32", "--threads", "1", "--temperature", "0", "--ignore-eos"]
@@ -182,3 +185,49 @@ def test_the_shell_completes(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["chat"]
+
+
+def test_options_stretch_the_rotation(tiny_model_dir: Path) -> None:
+    """As the request field does, and both commands alike."""
+    llm = LLM(tiny_model_dir, dtype="float32", threads=1, max_num_seqs=4)
+    options = [*OPTIONS, "--model", str(tiny_model_dir), "--max-tokens", "150"]
+    prompt = "the a" * 30  # with the answer, more than the context of 192
+    for rope, scaling in (
+        ("ntk:4", RopeScaling(type="ntk", factor=4)),
+        ('{"type": "linear", "factor": 2}', RopeScaling(type="linear", factor=2)),
+    ):
+        params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, rope=scaling)
+        (expected,) = llm.generate([prompt], params)
+        command = [*COMMAND[:-1], "generate", prompt, "--rope", rope, *options]
+        said = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+        assert said.decode() == expected.text + "\n"
+    template = ChatTemplate(PLAIN, llm.tokenizer)
+    turn = [{"role": "user", "content": prompt}]
+    (expected,) = llm.generate([template.token_ids(turn)], params)
+    piped = subprocess.run(
+        [*COMMAND, "--rope", "linear:2", *options, "--stop", "no such text"],
+        input=f"{prompt}\n".encode(),
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    assert piped.stdout.decode() == expected.text.lstrip() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ("foo", "rope.type must be one of"),
+        ("ntk", "rope.factor is required for type ntk"),
+        ("ntk:four", "could not convert string to float: 'four'"),
+        ("ntk:0.5", "rope.factor must be at least 1, got 0.5"),
+        ('{"type": "ntk", "factors": 4}', "factors"),
+        ("{", "it is such as ntk:4, or JSON"),
+        ("[4]", "rope.type must be one of"),
+    ],
+)
+def test_what_is_no_rotation_is_refused(rope: str, words: str) -> None:
+    with pytest.raises(typer.BadParameter) as caught:
+        rope_option(rope)
+    assert words in str(caught.value)
+    assert rope in str(caught.value)

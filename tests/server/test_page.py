@@ -49,6 +49,8 @@ async def test_the_files_say_what_browsers_may_do_with_them(served: Served) -> N
     for path, media_type in {
         "/": "text/html",
         "/static/page.js": "text/javascript",
+        "/static/plot.js": "text/javascript",
+        "/static/tokens.js": "text/javascript",
         "/static/page.css": "text/css",
         "/static/icon.svg": "image/svg+xml",
     }.items():
@@ -82,7 +84,7 @@ async def test_placeholders_are_the_defaults(served: Served) -> None:
     inputs = Inputs()
     inputs.feed((await served.http.get("/")).text)
     for name, shown in inputs.placeholders.items():
-        if name == "rope.factor":
+        if name in ("rope.factor", "stop"):
             continue
         default = GenerateRequest.model_fields[name].default
         assert shown in ("no limit", "drawn") if default is None else float(shown) == default, name
@@ -192,9 +194,79 @@ async def test_what_is_typed_is_asked_and_streams(page: Page, served: Served) ->
     await expect(page.locator("[data-figure=completion]")).to_have_text("5")
     await expect(page.locator("[data-figure=cached]")).to_have_text("0")
     await expect(page.locator("[data-figure=first]")).to_contain_text(" ms")
-    await expect(page.locator("[data-figure=speed]")).to_contain_text(" tokens/s")
+    await expect(page.locator("[data-figure=speed]")).to_have_text(re.compile(r"^\d+$"))
     await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
     await expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+
+
+async def test_the_model_is_named(page: Page) -> None:
+    await expect(page.locator("#serves")).to_have_text("fake trained context 64 tokens")
+
+
+@pytest.mark.parametrize(
+    ("typed", "stop"),
+    [(" dog", (" dog",)), ('["\\n", "x"]', ("\n", "x")), ("[", ("[",)), ("[1]", None)],
+)
+async def test_stop_is_a_text_or_json(
+    page: Page, served: Served, typed: str, stop: tuple[str, ...] | None
+) -> None:
+    await page.get_by_label("stop", exact=True).fill(typed)
+    if stop is None:
+        await prompt(page).press("Control+Enter")
+        await expect(page.locator("[name=stop]")).to_be_focused()
+        await expect(page.get_by_role("alert")).to_contain_text("got [1]")
+        return
+    request = await ask(page, served)
+    assert request.params.stop == stop
+    await say(served, request, b"e", end=FinishReason.STOP)
+    await expect(page.get_by_role("status")).to_have_text("finished: stop")
+
+
+async def test_what_the_output_must_be(page: Page, served: Served) -> None:
+    box = page.get_by_label("grammar", exact=True)
+    await expect(box).to_be_hidden()
+    kind = page.get_by_label("must be")
+    asked = []
+    for option in ("json", "json_schema", "regex", "choice"):
+        await kind.select_option(option)
+        if option == "regex":
+            await box.fill(r"\d\d")
+        if option == "choice":
+            await expect(box).to_have_value(r"\d\d")  # what was typed stays
+            await box.fill("red\n\nblue")
+        request = await ask(page, served)
+        assert request.params.grammar is not None
+        asked.append((request.params.grammar.kind, request.params.grammar.text))
+        await say(served, request, b"e", end=FinishReason.STOP)
+        await expect(page.get_by_role("status")).to_have_text("finished: stop")
+    assert asked == [
+        ("json_schema", '{"type": "object"}'),
+        ("json_schema", '{"type": "object", "properties": {"name": {"type": "string"}}}'),
+        ("regex", r"\d\d"),
+        ("choice", '["red", "blue"]'),
+    ]
+    await kind.select_option("json_schema")
+    await box.fill("{")
+    await prompt(page).press("Control+Enter")
+    await expect(box).to_be_focused()
+    await expect(page.get_by_role("alert")).to_contain_text("response_format.json_schema")
+
+
+async def test_several_choices_stand_below_each_other(page: Page, served: Served) -> None:
+    await page.get_by_label("n", exact=True).fill("2")
+    first = await ask(page, served)
+    second = await served.fake.expect(AddRequest)
+    assert [first.choice, second.choice] == [0, 1]
+    await say(served, second, b"ea", end=FinishReason.STOP)
+    await say(served, first, b"abc", end=FinishReason.LENGTH)
+    await expect(page.get_by_role("status")).to_have_text("finished: length, stop")
+    await expect(page.locator(".output")).to_have_text(["ababc", "ea"])
+    await expect(page.locator("[data-figure=completion]")).to_have_text("5")
+    await page.locator(".output").nth(1).focus()
+    await page.keyboard.press("End")
+    last = page.locator(".output").nth(1).locator(".token").last
+    await expect(last).to_be_focused()
+    await expect(last).to_have_accessible_description("token 97 at 2", timeout=1)
 
 
 @pytest.mark.parametrize("way", ["key", "button"])
@@ -344,6 +416,29 @@ async def test_two_rotations_and_their_perplexity(page: Page, served: Served) ->
     assert heights[0][0] == heights[0][1] == heights[0][2] > heights[0][3] > heights[0][4]
     assert heights[0][4] > heights[1][0]
     assert len(set(heights[1])) == 1
+    await expect(page.locator("#chart .mark")).to_have_count(1)  # where the answer begins
+
+
+async def test_the_trained_context_is_marked_where_it_is_passed(page: Page, served: Served) -> None:
+    await page.get_by_label("Compare two rotations").check()
+    await page.get_by_label("rope.type").first.select_option("linear")
+    await page.get_by_label("factor").first.fill("2")
+    both = await ask_both(page, served, "x" * 30)
+    for request in both:
+        await say(served, request, b"a" * 34)
+    await expect(page.locator(".output .token")).to_have_count(68)
+    await expect(page.locator("#chart text", has_text="trained context")).to_have_count(0)
+    for request in both:
+        await say(served, request, b"a" * 2, start=34, end=FinishReason.LENGTH)
+    await expect(page.get_by_role("status")).to_have_text(["finished: length"] * 2)
+    label = page.locator("#chart text", has_text="trained context")
+    await expect(label).to_have_count(1)  # 29 scores and 36 tokens: 65 of 64
+    mark = page.locator("#chart .mark").nth(1)
+    place = float(await mark.get_attribute("x1") or 0)
+    end = await page.locator("#chart polyline").first.get_attribute("points")
+    assert end is not None
+    xs = [float(point.split(",")[0]) for point in end.split()]
+    assert place == pytest.approx(xs[63], abs=0.1)
 
 
 async def test_the_guilty_rotation_is_marked(page: Page, served: Served) -> None:
@@ -381,7 +476,7 @@ async def test_a_phone_needs_no_sideways_scrolling(page: Page, served: Served, w
 async def test_the_keyboard_reaches_everything(page: Page) -> None:
     await prompt(page).focus()
     reached = []
-    for _ in range(15):
+    for _ in range(18):
         await page.keyboard.press("Tab")
         focused = page.locator(":focus")
         width = await focused.evaluate("element => getComputedStyle(element).outlineWidth")

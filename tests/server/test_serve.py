@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ class Server:
 
 
 @contextmanager
-def serve(directory: Path, *options: str) -> Iterator[Server]:
+def serve(directory: Path, *options: str, verify: ssl.SSLContext | bool = True) -> Iterator[Server]:
     process = subprocess.Popen(
         [*COMMAND, "serve", str(directory), *OPTIONS, *options],
         stdout=subprocess.PIPE,
@@ -68,23 +69,24 @@ def serve(directory: Path, *options: str) -> Iterator[Server]:
             line = process.stdout.readline()
             assert line, process.communicate()[1]
             shown += line
-        url = re.search(r"http://127\.0\.0\.1:\d+", shown)
+        url = re.search(r"https?://127\.0\.0\.1:\d+", shown)
         assert url is not None
         if "--api-workers" in options:
-            until_all_are_ready(url[0])
+            until_all_are_ready(url[0], verify)
         yield Server(process, url[0], shown)
     finally:
         process.kill()
         process.communicate()
 
 
-def until_all_are_ready(url: str) -> None:
+def until_all_are_ready(url: str, verify: ssl.SSLContext | bool = True) -> None:
     """The first HTTP process announces; the others may still start. Each connection picks one."""
     in_a_row = 0
     deadline = time.monotonic() + 30
     while in_a_row < 20:
         assert time.monotonic() < deadline
-        answer = httpx.get(f"{url}/ready", headers={"Connection": "close"}, trust_env=False)
+        close = {"Connection": "close"}
+        answer = httpx.get(f"{url}/ready", headers=close, verify=verify, trust_env=False)
         in_a_row = in_a_row + 1 if answer.status_code == 200 else 0
 
 

@@ -31,11 +31,14 @@ from engine.scaling import RopeScaling
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import ProfileRows
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.shared import SharedPrefixes
 
 SIZE = 4
 WINDOW = Window(SIZE, 3)
 MAX_PREEMPTIONS = 2
 TRAINED = 9
+DECLARED = list(range(10))
+"""All salts share its two whole pages."""
 OWN = RopeScaling(type="yarn", factor=2)
 ROPES = (
     *[None] * 5,
@@ -65,7 +68,8 @@ class Lives(RuleBasedStateMachine):
             max_preemptions=MAX_PREEMPTIONS,
         )
         self.profiles = ProfileRows(OWN, TRAINED, rows)
-        self.scheduler = Scheduler(config, self.pool, lambda: self.now, self.profiles)
+        shared = SharedPrefixes([DECLARED, [5] * SIZE], SIZE)
+        self.scheduler = Scheduler(config, self.pool, lambda: self.now, self.profiles, shared)
         self.tables: dict[int, tuple[RopeScaling, int]] = {}  # what the runner was told of rows
         self.alive: dict[str, Request] = {}
         self.seen: dict[str, list[int]] = {}
@@ -313,7 +317,10 @@ def scored(item: ScheduledRequest) -> list[TokenLogprobs]:
 
 def what(request: Request, index: int) -> object:
     """What the page of a token must hold: all that its keys and values depend on."""
-    known = (request.origin, tuple(request.token_ids[: index + 1]))
+    prompt = request.token_ids[: request.num_prompt_tokens]
+    num_shared = sum(prompt[:end] == DECLARED[:end] for end in (SIZE, 2 * SIZE))
+    salt = request.options.cache_salt if index // SIZE >= num_shared else "any"
+    known = (request.scaling, salt, tuple(request.token_ids[: index + 1]))
     dropped = 0 if request.window is None else request.window.num_dropped_blocks(index)
     return (known, dropped)
 

@@ -6,16 +6,22 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import Request, RequestOptions, SamplingParams
-from engine.scaling import UNSCALED
+from engine.scaling import UNSCALED, RopeScaling
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.prefix_cache import PrefixCache
+from engine.scheduling.prefix_cache import Lineage, PrefixCache
 from engine.scheduling.scheduler import Scheduler
 from tests.engine.scheduling.test_scheduler import make, shape, step
 
-ORIGIN = (UNSCALED, "")
+ROOT = (UNSCALED, "")
+PLAIN = Lineage(UNSCALED, "")
 
 
-def request(name: str, tokens: list[int], max_tokens: int = 2, salt: str = "") -> Request:
+def request(
+    name: str,
+    tokens: list[int],
+    max_tokens: int = 2,
+    salt: str = "",
+) -> Request:
     return Request(
         name,
         tokens,
@@ -41,26 +47,26 @@ class Clash(int):
 
 def test_equal_hashes_are_told_apart_by_their_tokens() -> None:
     cache = PrefixCache()
-    serials = [cache.insert(ORIGIN, [Clash(n), Clash(n)], n) for n in range(20)]
+    serials = [cache.insert(ROOT, [Clash(n), Clash(n)], n) for n in range(20)]
     assert len(set(serials)) == 20
     for n in range(20):
-        (page,) = cache.match(ORIGIN, [Clash(n), Clash(n)], 2, 1)
+        (page,) = cache.match(PLAIN, [Clash(n), Clash(n)], 2, 1)
         assert page.block_id == n
-    assert cache.match(ORIGIN, [Clash(1), Clash(2)], 2, 1) == []
+    assert cache.match(PLAIN, [Clash(1), Clash(2)], 2, 1) == []
 
 
 def test_a_page_without_its_parent_is_not_found() -> None:
     cache = PrefixCache()
-    first = cache.insert(ORIGIN, [1, 2], 0)
+    first = cache.insert(ROOT, [1, 2], 0)
     assert first is not None
-    second = cache.insert(first, [3, 4], 1)
+    second = cache.insert((first, ""), [3, 4], 1)
     assert second is not None
-    assert [page.block_id for page in cache.match(ORIGIN, [1, 2, 3, 4], 2, 2)] == [0, 1]
+    assert [page.block_id for page in cache.match(PLAIN, [1, 2, 3, 4], 2, 2)] == [0, 1]
     cache.evict(0)
-    assert cache.insert(first, [3, 4], 2) is None
-    again = cache.insert(ORIGIN, [1, 2], 5)
+    assert cache.insert((first, ""), [3, 4], 2) is None
+    again = cache.insert(ROOT, [1, 2], 5)
     assert again != first
-    assert [page.block_id for page in cache.match(ORIGIN, [1, 2, 3, 4], 2, 2)] == [5]
+    assert [page.block_id for page in cache.match(PLAIN, [1, 2, 3, 4], 2, 2)] == [5]
     cache.evict(1)
     cache.evict(5)
     cache.evict(5)
@@ -69,12 +75,13 @@ def test_a_page_without_its_parent_is_not_found() -> None:
 
 def test_same_tokens_behind_other_tokens_are_another_page() -> None:
     cache = PrefixCache()
-    first = cache.insert(ORIGIN, [1, 2], 0)
+    first = cache.insert(ROOT, [1, 2], 0)
     assert first is not None
-    cache.insert(first, [7, 7], 1)
-    assert cache.match(ORIGIN, [7, 7, 7, 7], 2, 2) == []
-    assert cache.match((UNSCALED, "salt"), [1, 2], 2, 1) == []
-    assert cache.match((1, ""), [1, 2], 2, 1) == []
+    cache.insert((first, ""), [7, 7], 1)
+    assert cache.match(PLAIN, [7, 7, 7, 7], 2, 2) == []
+    assert cache.match(Lineage(UNSCALED, "salt"), [1, 2], 2, 1) == []
+    other = RopeScaling(type="ntk", factor=2)
+    assert cache.match(Lineage(other, ""), [1, 2], 2, 1) == []
 
 
 def test_known_beginning_is_not_computed() -> None:
@@ -117,6 +124,43 @@ def test_salts_share_nothing() -> None:
         finish(scheduler)
 
 
+def test_salts_share_the_whole_pages_of_a_declared_prefix() -> None:
+    declared = [1, 2, 3, 4, 5, 6, 7, 8, 9]  # two pages and a token
+    scheduler = make(budget=64, shared=[[9, 9, 9, 9], declared])
+    own = [50, 51, 52, 53]
+
+    def begins_at(name: str, tokens: list[int], salt: str) -> int:
+        """Tokens of a prompt that were found."""
+        scheduler.add(request(name, tokens, salt=salt))
+        ((start, _),) = shape(step(scheduler)[0]).values()
+        finish(scheduler)
+        return start
+
+    whole = [*declared, 10, 11, 12, *own, 0]
+    assert begins_at("first", whole, "one") == 0
+    assert begins_at("same", whole, "one") == 16
+    # Neither the rest of the declared prefix nor what follows it is found by another salt.
+    assert begins_at("other", whole, "two") == 8
+    assert begins_at("none", whole, "") == 8
+    assert begins_at("again", whole, "two") == 16
+    # From the first page that differs on, nothing is, whatever comes after it.
+    differs = [*declared[:4], 0, *declared[5:], 0, 0, 0, 0]
+    assert begins_at("differs", differs, "one") == 4
+    assert begins_at("differs elsewhere", differs, "two") == 4
+    assert begins_at("not at the beginning", [0, *declared, 0, 0, 0], "one") == 0
+    assert begins_at("nor there", [0, *declared, 0, 0, 0], "two") == 0
+
+
+def test_what_was_generated_is_not_shared_though_it_were_declared() -> None:
+    scheduler = make(budget=64, shared=[[1, 2, 3, 4, 7, 7, 7, 7]])
+    scheduler.add(request("a", [1, 2, 3, 4], max_tokens=6, salt="one"))  # says 7, as all do here
+    finish(scheduler)
+    for salt, start in (("two", 4), ("one", 8)):  # asked by the first of them, it is
+        scheduler.add(request(salt, [1, 2, 3, 4, 7, 7, 7, 7, 7], salt=salt))
+        assert shape(step(scheduler)[0]) == {salt: (start, 9 - start)}
+        scheduler.abort(salt)
+
+
 def test_running_requests_share_pages() -> None:
     scheduler = make(num_blocks=8, budget=64)
     scheduler.add(request("a", list(range(9)), max_tokens=9))
@@ -133,15 +177,15 @@ def test_running_requests_share_pages() -> None:
 def test_what_holds_nothing_goes_first_then_the_least_recently_used() -> None:
     pool = BlockPool(4, 2)
     a, b, c, d = pool.allocate(4)
-    first = pool.remember(ORIGIN, [1, 2], a)
+    first = pool.remember(ROOT, [1, 2], a)
     assert first is not None
-    pool.remember(first, [3, 4], b)
-    pool.remember(ORIGIN, [5, 6], c)
+    pool.remember((first, ""), [3, 4], b)
+    pool.remember(ROOT, [5, 6], c)
     pool.release([b, a])
     pool.release([c])
     pool.release([d])
     assert pool.num_cached == 3
-    pages = pool.match(ORIGIN, [1, 2, 3, 4], 2)
+    pages = pool.match(PLAIN, [1, 2, 3, 4], 2)
     assert pool.num_free_without(pages) == 2
     pool.release(reversed(pool.share(pages)))  # used again: now c is the oldest
     assert [pool.allocate(1) for _ in range(4)] == [[d], [c], [b], [a]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -13,13 +14,19 @@ from engine.messages import EngineOutput, SampledToken, SchedulerOutput, StepRes
 from engine.request import FinishReason, Request, RequestOptions, SamplingParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.shared import SharedPrefixes
 
 
 def make(
-    num_blocks: int = 32, max_num_seqs: int = 4, budget: int = 16, block_size: int = 4
+    num_blocks: int = 32,
+    max_num_seqs: int = 4,
+    budget: int = 16,
+    block_size: int = 4,
+    shared: Sequence[Sequence[int]] = (),
 ) -> Scheduler:
     config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    return Scheduler(config, BlockPool(num_blocks, block_size))
+    prefixes = SharedPrefixes(shared, block_size)
+    return Scheduler(config, BlockPool(num_blocks, block_size), shared=prefixes)
 
 
 def request(name: str, num_prompt_tokens: int, max_tokens: int = 4) -> Request:
