@@ -8,8 +8,8 @@ with no scaling at all, with position interpolation, NTK-aware scaling, dynamic 
 with `overflow: shift`, whose context stays as it is. xPos is another network, not a way to read
 with this one: weights.experiments.xpos.
 
-Fine-tuning follows the papers (weights.experiments.tune), once per scaling that is not dynamic, and
-once without any. The work folder keeps what has been measured, so what was stopped goes on. Writes
+Fine-tuning follows the papers (weights.experiments.tune): position interpolation, YaRN, and no
+scaling at all. The work folder keeps what has been measured, so what was stopped goes on. Writes
 context.json, context.svg and context.md.
 """
 
@@ -39,10 +39,10 @@ from weights.prepare import prepare
 from weights.recipe import Recipe, TrainingConfig
 from weights.tokens import Tokens, open_tokens
 
-HIGHEST = 3.0
-"""Nats above shift where the picture ends."""
-
 DEFAULT = Path(__file__).parents[1] / "default"
+TUNED = ("default", "linear", "yarn")
+"""No scaling at all, and what the papers fine-tune."""
+
 BASELINE = "shift"
 """What the others are compared with: the trained context, moved along."""
 
@@ -178,10 +178,8 @@ def panels(document: Mapping[str, Any]) -> list[Panel]:
     across = f"position (trained: {document['trained']:,})"
     up = f"nats per token above {BASELINE}"
     titles = {False: "as it is", True: f"after {document['tuning']['steps']} steps of fine-tuning"}
-    runs = [run for curves in drawn.values() for curve in curves.values() for run in curve.runs]
-    low, high = min(map(min, runs)), min(max(map(max, runs)), HIGHEST)
     return [
-        Panel(titles[tuned], across, up, curves, low, high)
+        Panel(titles[tuned], across, up, curves, bands=False)
         for tuned, curves in drawn.items()
         if curves
     ]
@@ -213,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tuning = Tuning(options.fine_tune)
     if tuning.steps:
         sources = {n: t for n, t in open_tokens(tokens / "train").items() if len(t) > length}
-        for kind in ("default", "linear", "ntk", "yarn"):
+        for kind in TUNED:
             name = "none" if kind == "default" else kind
             results[f"{name}, fine-tuned"] = experiment.tuned(kind, sources, tuning)
     document = {

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from weights.experiments.picture import Curve, Panel, draw
 from weights.experiments.positions import spread
@@ -48,13 +48,20 @@ def last(run: Mapping[str, Any]) -> float:
 
 def step_ms(run: Mapping[str, Any]) -> float:
     """Processor milliseconds of a step, the median: robust to what else ran."""
-    return statistics.median(run["step_ms"])
+    return float(statistics.median(run["step_ms"]))
+
+
+class Runs(Protocol):
+    """What a laboratory has."""
+
+    def run(self, name: str, seed: int, plan: Plan, title: str | None = None) -> dict[str, Any]:
+        """Of an encoding and a seed, now or before."""
 
 
 class Comparison:
     """Runs of a laboratory by optimizer, learning rate, steps and seed."""
 
-    def __init__(self, laboratory: Laboratory, plan: Plan) -> None:
+    def __init__(self, laboratory: Runs, plan: Plan) -> None:
         self.laboratory = laboratory
         self.plan = plan
 
@@ -162,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="text")
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens and runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--steps", type=int, default=400, help="steps of a run")
+    parser.add_argument("--steps", type=int, default=200, help="steps of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a run for each")
     parser.add_argument("--hidden-size", type=int, default=Plan.hidden_size, help="width")
     parser.add_argument("--length", type=int, default=Plan.length, help="tokens of a window")

@@ -46,7 +46,10 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one pair of axes, by name. low, high: what the axis shows; None: all of it."""
+    """Curves over one pair of axes, by name.
+
+    low, high: what the axis shows; None: all of it. bands: whether runs' least and most are shown.
+    """
 
     title: str
     across: str
@@ -54,29 +57,40 @@ class Panel:
     curves: Mapping[str, Curve]
     low: float | None = None
     high: float | None = None
+    bands: bool = True
 
 
 def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     for name, (at, runs) in panel.curves.items():
         values = np.array(runs)
         axes.plot(at, values.mean(axis=0), linewidth=1.5, label=name, color=colours[name])
-        band = (values.min(axis=0), values.max(axis=0))
-        axes.fill_between(at, *band, alpha=0.15, color=colours[name], linewidth=0)
+        if panel.bands:
+            band = (values.min(axis=0), values.max(axis=0))
+            axes.fill_between(at, *band, alpha=0.15, color=colours[name], linewidth=0)
     axes.set(xlabel=panel.across, ylabel=panel.up, title=panel.title)
     axes.set_ylim(bottom=panel.low, top=panel.high)
     axes.grid(alpha=0.2)
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
-    """Side by side: the mean of a name's runs as a line, least to most as a band; one legend."""
+    """Side by side: the mean of a name's runs as a line; one legend."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(names)}
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    look = dict.fromkeys((*parts, "grid.color"), _INK)
-    # Text stays text, and a drawing of the same curves is the same file.
-    look |= {"svg.fonttype": "none", "svg.hashsalt": "ropeway", "axes.titlesize": "medium"}
-    paper = {"figure.facecolor": _PAPER, "axes.facecolor": _PAPER, "legend.facecolor": _PAPER}
-    with matplotlib.rc_context(look | paper):
+    with matplotlib.rc_context(
+        {
+            "text.color": _INK,
+            "axes.labelcolor": _INK,
+            "axes.edgecolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "grid.color": _INK,
+            "figure.facecolor": _PAPER,
+            "axes.facecolor": _PAPER,
+            "axes.titlesize": "medium",
+            "svg.fonttype": "none",  # text stays text
+            "svg.hashsalt": "ropeway",  # the same curves are the same file
+        }
+    ):
         figure, row = pyplot.subplots(
             1, len(panels), figsize=(5.6 * len(panels), 4.8), squeeze=False, layout="constrained"
         )

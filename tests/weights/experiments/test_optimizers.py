@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from weights.experiments.optimizers import best_rate, main
-
-SAMPLE = Path(__file__).parents[3] / "weights" / "sample.txt"
+from weights.experiments.optimizers import Comparison, best_rate, compare, panels, table
+from weights.experiments.picture import draw
+from weights.experiments.small import Plan, Run
+from weights.tokens import Mixture
 
 
 def test_the_best_learning_rate_is_no_edge_of_what_was_tried() -> None:
@@ -24,21 +27,48 @@ def test_the_best_learning_rate_is_no_edge_of_what_was_tried() -> None:
     assert asked[3:] == [4.0]
 
 
+BEST = {"muon": 8e-3, "adamw": 1e-3}
+MS = {"muon": 30.0, "adamw": 20.0}
+
+
+class Known:
+    """A laboratory whose losses are known: 5 + seed / 100 + 3 / steps, more off the best rate."""
+
+    def run(self, name: str, seed: int, plan: Plan, title: str | None = None) -> dict[str, Any]:
+        away = abs(plan.learning_rate - BEST[plan.optimizer])
+        end = 5 + seed / 100 + 3 / plan.steps + away
+        return {
+            "of": {"encoding": name, "seed": seed, "plan": asdict(plan)},
+            "held_out": {"0": 7.0, str(plan.steps // 2): 6.0, str(plan.steps): end},
+            "step_ms": [MS[plan.optimizer]] * plan.steps,
+        }
+
+
 def test_both_are_compared_at_equal_steps_and_at_equal_time(tmp_path: Path) -> None:
-    texts, out = tmp_path / "texts", tmp_path / "out"
-    texts.mkdir()
-    (texts / "sample.txt").write_text(SAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
-    folders = ["--corpus", str(texts), "--work", str(tmp_path / "work"), "--out", str(out)]
-    small = ["--steps", "20", "--hidden-size", "32", "--length", "32", "--vocab-size", "300"]
-    main([*folders, *small, "--seeds", "1", "2"])
-    document = json.loads((out / "optimizers.json").read_text())
-    muon, equal_steps, equal_time = document["summary"]
-    assert muon["steps"] == equal_steps["steps"] == 20
-    longer = muon["steps"] * muon["step_ms"] / equal_time["step_ms"]
-    assert equal_time["steps"] == round(longer)
-    for row, kind in ((muon, "muon"), (equal_steps, "adamw")):
-        losses = document["search"][kind]
-        assert losses[f"{row['rate']:g}"] == min(losses.values())
-        assert row["final_loss"][1] == pytest.approx(min(losses.values()), abs=0.5)
-    assert "AdamW, equal time" in (out / "optimizers.md").read_text()
-    assert (out / "optimizers.svg").stat().st_size > 1000
+    plan = Plan(steps=20)
+    results = compare(Comparison(Known(), plan), [1, 2])
+    muon, equal_steps, equal_time = results["summary"]
+    assert (muon["rate"], equal_steps["rate"], equal_time["rate"]) == (8e-3, 1e-3, 1e-3)
+    assert (muon["steps"], equal_steps["steps"], equal_time["steps"]) == (20, 20, 30)
+    assert muon["final_loss"] == [pytest.approx(5.165), pytest.approx(5.16), pytest.approx(5.17)]
+    assert equal_time["final_loss"][0] == pytest.approx(5.115)
+    assert set(results["search"]["adamw"]) == {"0.0005", "0.001", "0.002", "0.004", "0.008"}
+    document = {"plan": asdict(plan), "seeds": [1, 2], **results}
+    assert "| AdamW, equal time | 0.001 | 30 | 20 | 5.115 (5.110 to 5.120) |" in table(document)
+    (panel,) = panels(document)
+    assert panel.curves["AdamW, equal time, 30 steps"].at == [0.3, 0.6]
+    draw([panel], tmp_path / "picture.svg")
+    assert "prefers-color-scheme: dark" in (tmp_path / "picture.svg").read_text()
+
+
+def test_muon_has_the_matrices_of_the_layers() -> None:
+    plan = Plan(vocab_size=300, hidden_size=32, length=16, steps=2, optimizer="muon")
+    run = Run("RoPE", 1, plan)
+    muon, adamw = run.optimizer.parts
+    assert isinstance(muon, torch.optim.Muon)
+    assert len(muon.param_groups[0]["params"]) == 4 * plan.num_layers
+    assert all(p.ndim != 2 or 300 in p.shape for p in adamw.param_groups[0]["params"])
+    sources = {"counting": torch.arange(100).to(torch.uint16).numpy()}
+    before = muon.param_groups[0]["params"][0].clone()
+    run.train_step(0, Mixture(sources, {"counting": 1.0}, 1))
+    assert not torch.equal(before, muon.param_groups[0]["params"][0])

@@ -114,7 +114,7 @@ def test_steps_are_read_between_measurements() -> None:
 def test_the_experiment_runs_and_goes_on(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
     folders = ["--corpus", str(corpus(tmp_path)), "--work", str(work), "--out", str(out)]
-    small = ["--steps", "3", "--hidden-size", "16", "--length", "32", "--vocab-size", "300"]
+    small = ["--steps", "3", "--hidden-size", "16", "--length", "192", "--vocab-size", "300"]
     arguments = [*folders, *small, "--seeds", "1", "2", "--rounds", "2"]
     main([*arguments, "--only", "runs"])
     assert not out.exists()
@@ -139,7 +139,7 @@ def test_the_experiment_runs_and_goes_on(tmp_path: Path) -> None:
     xpos.main(["--work", str(work), "--out", str(out), "--texts", "2", "--seeds", "1", "2"])
     far = json.loads((out / "xpos.json").read_text())
     assert set(far["results"]) == {"RoPE, none", "RoPE, shift", "xPos, none", "xPos, shift"}
-    assert far["length"] == 8 * 32
+    assert far["length"] == 8 * 192
     for name in ("RoPE", "xPos"):
         runs = zip(far["results"][f"{name}, none"], far["results"][f"{name}, shift"], strict=True)
         # within the window nothing is shifted
