@@ -69,7 +69,7 @@ class Experiment:
         self.texts = texts
         self.times = times
         self.trained = read_config(model_dir).max_position
-        self.work = work / "context"
+        self.work = work / f"context-{times}x"
         self.work.mkdir(parents=True, exist_ok=True)
         self._of = {"times": times, "texts": [text[:4] for text in texts]}
 
