@@ -10,7 +10,7 @@ with this one: weights.experiments.xpos.
 
 Fine-tuning follows the papers (weights.experiments.tune): position interpolation, YaRN, and no
 scaling at all. The work folder keeps what has been measured, so what was stopped goes on. Writes
-context.json, context.svg and context.md.
+context.json and context.svg, and prints a table.
 """
 
 from __future__ import annotations
@@ -226,10 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "context.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    text = table(document)
-    (options.out / "context.md").write_text(text, encoding="utf-8")
     draw(panels(document), options.out / "context.svg")
-    print(text)
+    print(table(document))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 First one seed at several learning rates, doubled or halved further until the best is no edge.
 Then three seeds at the best, twice: in equal steps, and in equal time, where AdamW gets as many
 more steps (and a schedule as much longer) as its steps are shorter. The work folder may be that of
-weights.experiments.positions; what was stopped goes on. Writes optimizers.json, optimizers.svg
-and optimizers.md.
+weights.experiments.positions; what was stopped goes on. Writes optimizers.json and
+optimizers.svg, and prints tables.
 """
 
 from __future__ import annotations
@@ -190,10 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "optimizers.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    text = table(document)
-    (options.out / "optimizers.md").write_text(text, encoding="utf-8")
     draw(panels(document), options.out / "optimizers.svg")
-    print(text)
+    print(table(document))
 
 
 if __name__ == "__main__":

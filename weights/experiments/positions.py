@@ -7,7 +7,7 @@
 Trains the same small network under every encoding of weights.experiments.encodings: the same text,
 batches, steps and seeds. DIR of --corpus is what weights.corpus wrote, or a folder of .txt files.
 The work folder keeps tokens and every run that has ended, so what was stopped goes on there.
-Writes positions.json, positions.svg and positions.md.
+Writes positions.json and positions.svg, and prints tables.
 """
 
 from __future__ import annotations
@@ -210,10 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "positions.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    text = table(document)
-    (options.out / "positions.md").write_text(text, encoding="utf-8")
     draw(panels(curves), options.out / "positions.svg")
-    print(text)
+    print(table(document))
 
 
 if __name__ == "__main__":

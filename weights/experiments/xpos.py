@@ -5,8 +5,8 @@
 xPos is trained, not chosen afterwards: so this compares networks that were trained alike, one per
 seed, under RoPE and under xPos (Sun et al. 2022, arXiv 2212.10554), and reads texts of `--times`
 their window through the serving engine: with no scaling, and with `overflow: shift`. The work
-folder is that of weights.experiments.positions, which keeps the models. Writes xpos.json, xpos.svg
-and xpos.md.
+folder is that of weights.experiments.positions, which keeps the models. Writes xpos.json and
+xpos.svg, and prints a table.
 """
 
 from __future__ import annotations
@@ -121,10 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "xpos.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    text = table(document)
-    (options.out / "xpos.md").write_text(text, encoding="utf-8")
     draw(panels(document), options.out / "xpos.svg")
-    print(text)
+    print(table(document))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_every_scaling_is_measured_before_and_after_a_fine_tune(
     arguments = ["--model", str(tiny_model_dir), "--corpus", str(tmp_path / "corpus")]
     arguments += ["--out", str(out), "--work", str(work), "--times", "2", "--texts", "2"]
     main(arguments)
-    assert "fine-tuned" not in (out / "context.md").read_text()
+    assert "fine-tuned" not in (out / "context.json").read_text()
     main([*arguments, "--fine-tune", "1"])
     document = json.loads((out / "context.json").read_text())
     results = document["results"]
