@@ -138,13 +138,16 @@ class RelativeBias(Encoding):
     """T5's: a number per head and bucket of distances (Raffel et al. 2020, arXiv 1910.10683).
 
     Half of the buckets are single distances, the others grow with the logarithm up to `farthest`.
-    Shared by the layers, as there.
+    Shared by the layers, as there. gain: what the learned numbers are multiplied by. Under Adam it
+    is a learning rate so many times as high for them alone: at one that suits weights, a few
+    hundred steps cannot take a bias as far as scores reach.
     """
 
     buckets, farthest = 32, 128
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, gain: float = 1.0) -> None:
         super().__init__(config)
+        self.gain = gain
         self.weight = nn.Parameter(torch.zeros(config.num_heads, self.buckets))
         distance = torch.arange(config.max_position)
         exact = self.buckets // 2
@@ -157,7 +160,7 @@ class RelativeBias(Encoding):
         """[heads, queries, keys]; what lies ahead of a query is masked elsewhere."""
         last = torch.arange(keys - queries, keys, device=self.weight.device)
         distance = last[:, None] - torch.arange(keys, device=self.weight.device)
-        return self.weight[:, self.bucket[distance.clamp_min(0)]]
+        return self.gain * self.weight[:, self.bucket[distance.clamp_min(0)]]
 
 
 class EncodedAttention:
@@ -248,6 +251,7 @@ ENCODINGS: Mapping[str, Callable[[ModelConfig], Encoding]] = MappingProxyType(
         "learned absolute": Learned,
         "sinusoidal": Sinusoidal,
         "T5 relative bias": RelativeBias,
+        "T5 relative bias, 10 x its rate": lambda config: RelativeBias(config, 10.0),
         "none": Encoding,
     }
 )
