@@ -9,8 +9,8 @@ with `overflow: shift`, whose context stays as it is. xPos is another network, n
 with this one: weights.experiments.xpos.
 
 Fine-tuning follows the papers (weights.experiments.tune): position interpolation, YaRN, and no
-scaling at all. The work folder keeps what has been measured, so what was stopped goes on. Writes
-context.json and context.svg, and prints a table.
+scaling at all (`--tune default`). The work folder keeps what has been measured, so what was stopped
+goes on. Writes context.json and context.svg, and prints a table.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from weights.recipe import Recipe, TrainingConfig
 from weights.tokens import Tokens, open_tokens
 
 DEFAULT = Path(__file__).parents[1] / "default"
-TUNED = ("default", "linear", "yarn")
-"""No scaling at all, and what the papers fine-tune."""
+TUNED = ("linear", "yarn", "default")
+"""What the papers fine-tune, and no scaling at all."""
 
 BASELINE = "shift"
 """What the others are compared with: the trained context, moved along."""
@@ -197,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=8, help="how far to stretch")
     parser.add_argument("--texts", type=int, default=8, help="how many texts")
     parser.add_argument("--fine-tune", type=int, default=0, help="steps; 0: none")
+    parser.add_argument("--tune", nargs="+", choices=TUNED, default=TUNED, help="which; all")
     options = parser.parse_args(arguments)
     config = TrainingConfig(recipe=Recipe(steps=1))
     # The model has a tokenizer, which is taken as it is: nothing is written there.
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tuning = Tuning(options.fine_tune)
     if tuning.steps:
         sources = {n: t for n, t in open_tokens(tokens / "train").items() if len(t) > length}
-        for kind in TUNED:
+        for kind in options.tune:
             name = "none" if kind == "default" else kind
             results[f"{name}, fine-tuned"] = experiment.tuned(kind, sources, tuning)
     document = {

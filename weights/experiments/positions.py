@@ -91,8 +91,9 @@ def table(document: Mapping[str, Any]) -> str:
         f"{plan['num_layers']} layers, {plan['hidden_size']} wide, "
         f"{document['parameters'] / 1e6:.2f} million parameters, a vocabulary of "
         f"{plan['vocab_size']:,}; {plan['steps']} steps of {plan['batch_tokens']:,} tokens, "
-        f"windows of {plan['length']}. Held-out loss in nats per token; mean of {seeds} seeds "
-        f"(least to most). The level, {rows[0]['level']:.3f}, is where {BASELINE} ends.",
+        f"windows of {plan['length']}, peak learning rate {plan['learning_rate']:g}. Held-out "
+        f"loss in nats per token; mean of {seeds} seeds (least to most). "
+        f"The level, {rows[0]['level']:.3f}, is where {BASELINE} ends.",
         "",
         "| encoding | loss at the end | minus RoPE's, same seed | steps to the level "
         "| seeds that reach it | cache outlives its oldest tokens |",
@@ -163,9 +164,14 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=Plan.hidden_size, help="width")
     parser.add_argument("--length", type=int, default=Plan.length, help="tokens of a window")
     parser.add_argument("--vocab-size", type=int, default=Plan.vocab_size, help="tokens")
+    parser.add_argument("--learning-rate", type=float, default=Plan.learning_rate, help="its peak")
+    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=[*ENCODINGS])
     parser.add_argument("--rounds", type=int, default=10, help="repetitions of what is timed")
     parser.add_argument("--only", choices=("runs", "times"), help="a part, and no results yet")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if missing := {"RoPE", BASELINE} - set(options.encodings):
+        parser.error(f"--encodings must have {missing.pop()}: the others are compared with it")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -176,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hidden_size=options.hidden_size,
         length=options.length,
         vocab_size=options.vocab_size,
+        learning_rate=options.learning_rate,
     )
     laboratory = Laboratory(options.corpus, options.work, plan)
     timed = options.work / "times.json"
@@ -187,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     runs = {}
     for seed in options.seeds:
-        for name in ENCODINGS:
+        for name in options.encodings:
             runs[name, seed] = laboratory.run(name, seed, plan)
     if options.only == "runs":
         return
@@ -196,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {int(step): loss for step, loss in runs[name, seed]["held_out"].items()}
             for seed in options.seeds
         ]
-        for name in ENCODINGS
+        for name in options.encodings
     }
     measured = json.loads(timed.read_text(encoding="utf-8"))
     document = {
