@@ -101,7 +101,13 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
             for axes in row[0]
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            handles.values(),
+            handles,
+            loc="outside lower center",
+            ncols=2 * len(panels),
+            frameon=False,
+        )
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
         pyplot.close(figure)
