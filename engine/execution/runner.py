@@ -83,7 +83,7 @@ class ModelRunner:
         self._sampler = sampler
         self._batch = batch
         self._block_size = backend.cache.block_size
-        self._device = model.embedding.weight.device
+        self._device = backend.cache.keys[0].device
 
     def execute(self, step: SchedulerOutput) -> StepResult:
         """Compute the step's tokens, sample behind the last known ones, score what is to be."""
