@@ -256,3 +256,8 @@ ENCODINGS: Mapping[str, Callable[[ModelConfig], Encoding]] = MappingProxyType(
     }
 )
 """By name; each is given a configuration whose rotary_dim is head_dim."""
+
+SAME_COST: Mapping[str, str] = MappingProxyType(
+    {"T5 relative bias, 10 x its rate": "T5 relative bias"}
+)
+"""Encodings that compute what another one does: they are not timed themselves."""

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from weights.experiments.encodings import ENCODINGS
+from weights.experiments.encodings import ENCODINGS, SAME_COST
 from weights.experiments.picture import Curve, Panel, draw
 from weights.experiments.small import Laboratory, Plan, Run, machine
 from weights.experiments.timing import times
@@ -70,7 +70,7 @@ def summarise(curves: Mapping[str, Sequence[HeldOut]], measured: Mapping[str, An
             "cache_shifts": ENCODINGS[name](Plan().config()).shifts,
         }
         for length, of_encoding in measured.items():
-            for what, values in of_encoding[name].items():
+            for what, values in of_encoding[SAME_COST.get(name, name)].items():
                 low, middle, high = statistics.quantiles(values, n=4)
                 row[f"{what}_{length}"] = [round(v, 3) for v in (middle, low, high)]
         rows.append(row)

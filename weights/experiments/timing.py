@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from weights.experiments.encodings import ENCODINGS, EncodedAttention
+from weights.experiments.encodings import ENCODINGS, SAME_COST, EncodedAttention
 from weights.experiments.small import Plan, Run, held_out_block
 from weights.tokens import Mixture, Tokens
 
@@ -50,7 +50,7 @@ def times(
     for length in lengths:
         longer = replace(plan, length=length, held_out_windows=len(held_out))
         block = held_out_block(held_out, longer)
-        runs = {name: Run(name, 1, longer) for name in ENCODINGS}
+        runs = {name: Run(name, 1, longer) for name in ENCODINGS if name not in SAME_COST}
         training: dict[str, list[float]] = {name: [] for name in runs}
         decoding: dict[str, list[float]] = {name: [] for name in runs}
         tokens = min(32, length // 4)
