@@ -82,8 +82,9 @@ class Optimizer:
         kind: OptimizerKind = "muon",
     ) -> None:
         named = list(model.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.")]
-        others = [p for name, p in named if not (p.ndim == 2 and name.startswith("blocks."))]
+        of_layers = {name for name, p in named if p.ndim == 2 and "blocks" in name.split(".")}
+        matrices = [p for name, p in named if name in of_layers]
+        others = [p for name, p in named if name not in of_layers]
         self.learning_rate = learning_rate
         if kind == "muon":
             muon = torch.optim.Muon(

@@ -1,15 +1,16 @@
 """How far can a trained context be stretched? Perplexity against position, by the engine itself.
 
-    python -m weights.experiments.context --corpus DIR --out DIR [--model MODEL_DIR]
+    python -m weights.experiments.context --corpus DIR --work DIR --out DIR [--model MODEL_DIR]
     python -m weights.experiments.context ... --fine-tune 40    # and after a short fine-tune
 
 Scores held-out text that is `--times` as long as the model's context, through the serving engine:
-with no scaling at all, with position interpolation, NTK-aware scaling, dynamic NTK, YaRN and xPos
-(which the model was not trained with), and with `overflow: shift`, whose context stays as it is.
+with no scaling at all, with position interpolation, NTK-aware scaling, dynamic NTK and YaRN, and
+with `overflow: shift`, whose context stays as it is. xPos is another network, not a way to read
+with this one: weights.experiments.xpos.
 
-Fine-tuning follows the papers' protocol (Chen et al. 2023, arXiv 2306.15595): the model is trained
-a little further at the stretched positions, on whole windows of the new length, once per scaling
-that is not dynamic. Writes context.json, context.png and context.md.
+Fine-tuning follows the papers (weights.experiments.tune): position interpolation, YaRN, and no
+scaling at all (`--tune default`). The work folder keeps what has been measured, so what was stopped
+goes on. Writes context.json and context.svg, and prints a table.
 """
 
 from __future__ import annotations
@@ -19,208 +20,169 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+from rich.console import Console
 from tqdm import tqdm
 
-from engine import LLM, RequestOptions
-from engine.config import ModelConfig
-from engine.frontend.tokenizer import Tokenizer
-from engine.model.attention.causal import CausalAttention
-from engine.model.gpt2 import GPT2
-from engine.model.loader import load_model, read_config
-from engine.model.rope import RopeProfile, RotaryTable, inverse_frequencies
-from engine.scaling import RopeScaling
-from weights.corpus import read_documents
-from weights.experiments.picture import draw_curves
-from weights.export import export_weights
-from weights.loss import head_loss
-from weights.optimizer import Optimizer
-from weights.tokens import Mixture, Tokens, encode_documents
+from engine.errors import ConfigError
+from engine.model.loader import read_config
+from engine.scaling import RopeScaling, ScalingType
+from weights.experiments.picture import Curve, Panel, draw
+from weights.experiments.small import machine
+from weights.experiments.stretch import PARTS, Way, by_position, engine, stretches, unscaled_copy
+from weights.experiments.tune import Tuning, fine_tune
+from weights.prepare import prepare
+from weights.recipe import Recipe, TrainingConfig
+from weights.tokens import Tokens, open_tokens
 
 DEFAULT = Path(__file__).parents[1] / "default"
-PARTS = 32
-"""Stretches of positions whose mean is a point of the picture."""
+TUNED = ("linear", "yarn", "default")
+"""What the papers fine-tune, and no scaling at all."""
 
-TYPES = ("linear", "ntk", "dynamic", "yarn", "xpos")
-TUNED = ("linear", "ntk", "yarn")
-LEARNING_RATE = 3e-4
+BASELINE = "shift"
+"""What the others are compared with: the trained context, moved along."""
 
 
-def heldout_tokens(corpus: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of every held-out source, in a row."""
+def ways(times: int) -> list[Way]:
+    """All that can be asked of a model as it is."""
+    kinds: tuple[ScalingType, ...] = ("linear", "ntk", "dynamic", "yarn")
+    stretched = [RopeScaling(type=kind, factor=times) for kind in kinds]
     return [
-        encode_documents(tokenizer, read_documents(path)).tolist()
-        for path in sorted((corpus / "heldout").glob("*.jsonl"))
+        Way(BASELINE, shift=True),
+        Way("none"),
+        *(Way(rope.type, rope) for rope in stretched),
     ]
 
 
-def stretches(sources: Sequence[list[int]], length: int, count: int) -> list[list[int]]:
-    """`count` texts of `length` tokens and one, from all sources in turn, evenly spaced.
+class Experiment:
+    """A model, texts, and a work folder with what was measured of them.
 
-    Raises ValueError where no source is so long.
+    Raises ConfigError where the folder has it of others.
     """
-    long = [tokens for tokens in sources if len(tokens) > length]
-    if not long:
-        raise ValueError(f"no held-out source has more than {length} tokens")
-    texts = []
-    for number in range(count):
-        tokens, turn = long[number % len(long)], number // len(long)
-        turns = max(1, -(-count // len(long)))
-        start = turn * ((len(tokens) - length - 1) // turns)
-        texts.append(tokens[start : start + length + 1])
-    return texts
 
+    def __init__(self, model_dir: Path, texts: Sequence[list[int]], times: int, work: Path) -> None:
+        self.model_dir = model_dir
+        self.texts = texts
+        self.times = times
+        self.trained = read_config(model_dir).max_position
+        self.work = work / f"context-{times}x"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._of = {"times": times, "texts": [text[:4] for text in texts]}
 
-def unscaled_copy(model_dir: Path, folder: Path, times: int) -> Path:
-    """The same model, declared to have been trained so many times as far: no scaling at all."""
-    for path in model_dir.iterdir():
-        if path.is_file() and path.name != "config.json":
-            (folder / path.name).symlink_to(path.resolve())
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    config["max_position"] *= times
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+    def _kept(self, name: str, more: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+        path = self.work / f"{name}.json"
+        if not path.exists():
+            return path, None
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if kept["of"] != self._of | dict(more):
+            raise ConfigError(
+                f"{path} is of other texts or steps: choose another --work, or remove it"
+            )
+        return path, kept
 
+    def _keep(self, path: Path, more: Mapping[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        path.write_text(json.dumps({"of": self._of | dict(more), **row}) + "\n", encoding="utf-8")
+        return row
 
-def engine(model_dir: Path) -> LLM:
-    """One sequence at a time: memory is for its length."""
-    return LLM(model_dir, device="cpu", kv_memory=512 * 2**20, max_num_seqs=1)
+    def _read(self, model_dir: Path, way: Way) -> dict[str, Any]:
+        losses = way.nats(engine(model_dir), self.texts, self.trained)
+        within = [statistics.mean(text[: self.trained - 1]) for text in losses]
+        beyond = [statistics.mean(text[self.trained - 1 :]) for text in losses]
+        return {"within": within, "beyond": beyond, "by_position": by_position(losses)}
 
-
-def nats(
-    llm: LLM, texts: Sequence[list[int]], rope: RopeScaling | None, options: RequestOptions
-) -> list[list[float]]:
-    """-ln p of each token but the first, by text; float [texts][length]."""
-    scores = llm.score(list(texts), options, rope=rope)
-    return [[-each.logprob for each in score.logprobs] for score in scores]
-
-
-def by_position(losses: Sequence[Sequence[float]]) -> list[float]:
-    """Perplexity of each of PARTS stretches of positions, over all texts."""
-    parts = np.array_split(np.array(losses), PARTS, axis=1)
-    return [float(np.exp(part.mean())) for part in parts]
-
-
-def summary(losses: Sequence[Sequence[float]], trained: int) -> dict[str, float]:
-    """Perplexity within the trained context, beyond it, and in its last stretch."""
-    values = np.array(losses)
-    last = by_position(losses)[-1]
-    return {
-        "within": float(np.exp(values[:, :trained].mean())),
-        "beyond": float(np.exp(values[:, trained:].mean())),
-        "last": last,
-    }
-
-
-def fine_tuned(
-    model_dir: Path, sources: Mapping[str, Tokens], scaling: RopeScaling, steps: int
-) -> dict[str, Any]:
-    """A checkpoint of the model after some steps at the stretched positions, one window each.
-
-    AdamW at a tenth of the training's peak, falling to 0.
-    """
-    config = read_config(model_dir)
-    model = load_model(model_dir, torch.float32)
-    for parameter in model.parameters():
-        parameter.requires_grad_()
-    length = scaling.context(config.max_position)
-    inv_freq = inverse_frequencies(config.rotary_dim, config.rope_base)
-    profile = RopeProfile.build(scaling, inv_freq, config.max_position, config.rope_base)
-    table = RotaryTable.build(profile.inv_freq, length, factor=profile.attention_factor)
-    attention = CausalAttention(table, config.num_heads)
-    optimizer = Optimizer(model, LEARNING_RATE, kind="adamw")
-    mixture = Mixture(sources, {name: float(len(t)) for name, t in sources.items()}, seed=1)
-    for step in tqdm(range(steps), desc=f"fine-tune {scaling.type}", unit=" steps"):
-        loss = _loss(model, attention, *mixture.batch(step, 1, length))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(1 - step / steps)
-    return {"config": config.to_dict(), "model": model.state_dict()}
-
-
-def _loss(
-    model: GPT2, attention: CausalAttention, token_ids: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(token_ids, attention)
-    return head_loss(hidden, model.head.weight, targets, torch.bfloat16)
-
-
-def measure(
-    model_dir: Path, texts: Sequence[list[int]], times: int, config: ModelConfig
-) -> dict[str, Any]:
-    """Every way to stretch the model as it is."""
-    results: dict[str, Any] = {}
-
-    def note(name: str, losses: list[list[float]], began: float) -> None:
-        results[name] = summary(losses, config.max_position) | {
-            "by_position": by_position(losses),
-            "seconds": round(time.monotonic() - began, 1),
-        }
-
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        llm = engine(unscaled_copy(model_dir, Path(folder), times))
-        note("none", nats(llm, texts, None, RequestOptions()), began)
-    llm = engine(model_dir)
-    for kind in tqdm(TYPES, desc="scalings"):
-        began = time.monotonic()
-        rope = RopeScaling.from_dict({"type": kind, "factor": times})
-        note(kind, nats(llm, texts, rope, RequestOptions()), began)
-    began = time.monotonic()
-    note("shift", nats(llm, texts, None, RequestOptions(overflow="shift")), began)
-    return results
-
-
-def measure_tuned(
-    model_dir: Path,
-    texts: Sequence[list[int]],
-    times: int,
-    steps: int,
-    sources: Mapping[str, Tokens],
-) -> dict[str, Any]:
-    """The scalings after a fine-tune of their own."""
-    results: dict[str, Any] = {}
-    trained = read_config(model_dir).max_position
-    for kind in TUNED:
-        rope = RopeScaling.from_dict({"type": kind, "factor": times})
-        began = time.monotonic()
+    def as_it_is(self, way: Way) -> dict[str, Any]:
+        """Nats per token, by text: within the trained context, beyond it, by position."""
+        path, kept = self._kept(way.name, {})
+        if kept is not None:
+            return kept
+        if way.rope is not None or way.shift:
+            return self._keep(path, {}, self._read(self.model_dir, way))
         with tempfile.TemporaryDirectory() as folder:
-            tuned = Path(folder)
-            for path in model_dir.glob("tokenizer*"):
-                (tuned / path.name).symlink_to(path.resolve())
-            export_weights(fine_tuned(model_dir, sources, rope, steps), tuned)
-            losses = nats(engine(tuned), texts, rope, RequestOptions())
-        results[f"{kind}, fine-tuned"] = summary(losses, trained) | {
-            "by_position": by_position(losses),
-            "seconds": round(time.monotonic() - began, 1),
-            "steps": steps,
-        }
-    return results
+            copy = unscaled_copy(self.model_dir, Path(folder), self.times)
+            return self._keep(path, {}, self._read(copy, way))
+
+    def tuned(self, kind: str, sources: Mapping[str, Tokens], tuning: Tuning) -> dict[str, Any]:
+        """The same after a fine-tune. kind: of a scaling, or `default` for none at all."""
+        path, kept = self._kept(f"{kind}, fine-tuned", asdict(tuning))
+        if kept is not None:
+            return kept
+        factor = self.times if kind != "default" else 1
+        rope = RopeScaling.from_dict({"type": kind} | ({"factor": factor} if factor > 1 else {}))
+        folder = self.work / f"tuned-{kind}"
+        length = self.times * self.trained
+        seconds = fine_tune(self.model_dir, folder, sources, rope, length, tuning)
+        row = self._read(folder, Way(kind, rope if kind != "default" else None))
+        return self._keep(path, asdict(tuning), row | {"step_s": round(seconds, 2)})
 
 
-def table(results: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per way: perplexities over all texts.
+
+    beyond_to_shift: a multiple of shift's on the same tokens, [mean, least, most] over the texts.
+    """
+    base = results[BASELINE]
+    rows = []
+    for name, result in results.items():
+        above = [a - b for a, b in zip(result["beyond"], base["beyond"], strict=True)]
+        last = [text[-1] for text in result["by_position"]]
+        ratios = [round(math.exp(v), 3) for v in (statistics.mean(above), min(above), max(above))]
+        rows.append(
+            {
+                "way": name,
+                "within": round(math.exp(statistics.mean(result["within"])), 2),
+                "beyond": round(math.exp(statistics.mean(result["beyond"])), 2),
+                "last": round(math.exp(statistics.mean(last)), 2),
+                "beyond_to_shift": ratios,
+            }
+        )
+    return rows
+
+
+def table(document: Mapping[str, Any]) -> str:
     """Markdown."""
     lines = [
         f"Perplexity of {document['texts']} held-out texts of {document['length']:,} tokens, "
-        f"{document['times']} times the trained context of {document['trained']:,}.",
+        f"{document['times']} times the trained context of {document['trained']:,}; and as a "
+        f"multiple of `{BASELINE}`'s on the same tokens (least to most of the texts).",
         "",
-        "| scaling | within the trained context | beyond it | in the last "
-        f"{document['length'] // PARTS} positions |",
-        "|---|---|---|---|",
+        "| | within the trained context | beyond it | in the last "
+        f"{document['length'] // PARTS} positions | beyond it, multiple of `{BASELINE}`'s |",
+        "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {name} | {row['within']:.1f} | {row['beyond']:.1f} | {row['last']:.1f} |"
-        for name, row in results.items()
-    ]
+    for row in document["summary"]:
+        mean, least, most = row["beyond_to_shift"]
+        lines.append(
+            f"| {row['way']} | {row['within']:.1f} | {row['beyond']:.1f} | {row['last']:.1f} | "
+            f"{mean:.2f} ({least:.2f} to {most:.2f}) |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def panels(document: Mapping[str, Any]) -> list[Panel]:
+    """Nats above shift's on the same tokens, against position: as it is, and fine-tuned."""
+    length = document["length"]
+    at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
+    base = document["results"][BASELINE]["by_position"]
+    drawn: dict[bool, dict[str, Curve]] = {False: {}, True: {}}
+    for name, result in document["results"].items():
+        runs = [
+            [a - b for a, b in zip(text, shifted, strict=True)]
+            for text, shifted in zip(result["by_position"], base, strict=True)
+        ]
+        kind, _, tuned = name.partition(", ")
+        drawn[bool(tuned)][kind] = Curve(at, runs)
+    across = f"position (trained: {document['trained']:,})"
+    up = f"nats per token above {BASELINE}"
+    titles = {False: "as it is", True: f"after {document['tuning']['steps']} steps of fine-tuning"}
+    return [
+        Panel(titles[tuned], across, up, curves, bands=False)
+        for tuned, curves in drawn.items()
+        if curves
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,48 +190,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m weights.experiments.context")
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--corpus", type=Path, required=True, help="what weights.corpus wrote")
+    parser.add_argument("--corpus", type=Path, required=True, help="text")
+    parser.add_argument("--work", type=Path, required=True, help="folder for tokens and results")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--model", type=Path, default=DEFAULT, help="default: the shipped model")
     parser.add_argument("--times", type=int, default=8, help="how far to stretch")
-    parser.add_argument("--texts", type=int, default=4, help="how many texts")
+    parser.add_argument("--texts", type=int, default=8, help="how many texts")
     parser.add_argument("--fine-tune", type=int, default=0, help="steps; 0: none")
+    parser.add_argument("--tune", nargs="+", choices=TUNED, default=TUNED, help="which; all")
     options = parser.parse_args(arguments)
-    config = read_config(options.model)
-    length = options.times * config.max_position
-    tokenizer = Tokenizer.from_directory(options.model)
-    texts = stretches(heldout_tokens(options.corpus, tokenizer), length - 1, options.texts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = measure(options.model, texts, options.times, config)
-    if options.fine_tune:
-        sources = {
-            path.stem: encode_documents(tokenizer, read_documents(path))
-            for path in sorted((options.corpus / "train").glob("*.jsonl"))
-        }
-        sources = {name: tokens for name, tokens in sources.items() if len(tokens) > length}
-        results |= measure_tuned(options.model, texts, options.times, options.fine_tune, sources)
+    config = TrainingConfig(recipe=Recipe(steps=1))
+    # The model has a tokenizer, which is taken as it is: nothing is written there.
+    tokens = prepare(options.corpus, options.model, options.work, config, Console(stderr=True))
+    length = options.times * read_config(options.model).max_position
+    held_out = open_tokens(tokens / "heldout")
+    texts = stretches(list(held_out.values()), length, options.texts)
+    experiment = Experiment(options.model, texts, options.times, options.work)
+    results = {
+        way.name: experiment.as_it_is(way) for way in tqdm(ways(options.times), desc="scalings")
+    }
+    tuning = Tuning(options.fine_tune)
+    if tuning.steps:
+        sources = {n: t for n, t in open_tokens(tokens / "train").items() if len(t) > length}
+        for kind in options.tune:
+            name = "none" if kind == "default" else kind
+            results[f"{name}, fine-tuned"] = experiment.tuned(kind, sources, tuning)
     document = {
+        "machine": machine(),
         "texts": len(texts),
         "length": length,
         "times": options.times,
-        "trained": config.max_position,
+        "trained": experiment.trained,
+        "tuning": asdict(tuning),
+        "summary": summarise(results),
         "results": results,
     }
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "context.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    text = table(results, document)
-    (options.out / "context.md").write_text(text, encoding="utf-8")
-    print(text)
-    at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
-    curves = {name: [[math.log(p) for p in row["by_position"]]] for name, row in results.items()}
-    plain = statistics.median(math.log(row["within"]) for row in results.values())
-    draw_curves(
-        curves,
-        options.out / "context.png",
-        f"position (trained: {config.max_position:,})",
-        "ln perplexity",
-        at=at,
-        highest=plain + 3.5,
-    )
+    draw(panels(document), options.out / "context.svg")
+    print(table(document))
 
 
 if __name__ == "__main__":

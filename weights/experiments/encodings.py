@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -18,6 +19,16 @@ from engine.config import ModelConfig
 from engine.model.gpt2 import GPT2
 from engine.model.rope import RopeProfile, RotaryTable, inverse_frequencies, rotate
 from engine.scaling import RopeScaling
+
+Turns = tuple[RotaryTable, RotaryTable]
+
+
+def turn(query: Tensor, key: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys [..., heads, time, head_dim], each turned by its position."""
+    if turns is None:
+        return query, key
+    of_query, of_key = turns
+    return rotate(query, of_query.cos, of_query.sin), rotate(key, of_key.cos, of_key.sin)
 
 
 class Encoding(nn.Module):
@@ -30,13 +41,16 @@ class Encoding(nn.Module):
         super().__init__()
         self.config = config
 
+    def initialise(self, seed: int) -> None:
+        """Draw what is random at the start."""
+
     def embed(self, x: Tensor, start: int) -> Tensor:
         """Embeddings [..., time, hidden_size] of positions from start."""
         return x
 
-    def turn(self, query: Tensor, key: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys [..., heads, time, head_dim] of positions from start."""
-        return query, key
+    def turns(self, start: int, time: int) -> Turns | None:
+        """Turns of queries and of keys, [time, rotary_dim / 2], from a position on."""
+        return None
 
     def bias(self, queries: int, keys: int) -> Tensor | None:
         """Added to scores [heads, queries, keys], the last query being at the last key."""
@@ -51,7 +65,11 @@ class Learned(Encoding):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.table = nn.Parameter(torch.empty(config.max_position, config.hidden_size))
-        nn.init.normal_(self.table, std=0.02, generator=torch.Generator().manual_seed(0))
+        self.initialise(0)
+
+    def initialise(self, seed: int) -> None:
+        """As small as the embeddings."""
+        nn.init.normal_(self.table, std=0.02, generator=torch.Generator().manual_seed(seed))
 
     def embed(self, x: Tensor, start: int) -> Tensor:
         """Embeddings plus the positions' vectors."""
@@ -80,17 +98,12 @@ class Sinusoidal(Encoding):
 
 
 class Rotary(Encoding):
-    """RoPE: queries and keys turned (Su et al. 2021, arXiv 2104.09864); xPos with `scaling`."""
+    """RoPE: queries and keys turned (Su et al. 2021, arXiv 2104.09864), as config.rope says."""
 
-    def __init__(self, config: ModelConfig, scaling: str = "default") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         inv_freq = inverse_frequencies(config.rotary_dim, config.rope_base)
-        profile = RopeProfile.build(
-            RopeScaling.from_dict({"type": scaling}),
-            inv_freq,
-            config.max_position,
-            config.rope_base,
-        )
+        profile = RopeProfile.build(config.rope, inv_freq, config.max_position, config.rope_base)
         for name, table in (
             ("query", profile.query_table(config.max_position)),
             ("key", profile.key_table(config.max_position)),
@@ -98,18 +111,11 @@ class Rotary(Encoding):
             self.register_buffer(f"{name}_cos", table.cos)
             self.register_buffer(f"{name}_sin", table.sin)
 
-    def tables(self) -> tuple[RotaryTable, RotaryTable]:
-        """Turns by position of queries and of keys."""
-        named = dict(self.named_buffers())
-        query = RotaryTable(named["query_cos"], named["query_sin"])
-        return query, RotaryTable(named["key_cos"], named["key_sin"])
-
-    def turn(self, query: Tensor, key: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Each turned by its position."""
-        part = slice(start, start + query.shape[-2])
-        of_query, of_key = self.tables()
-        turned = rotate(query, of_query.cos[part], of_query.sin[part])
-        return turned, rotate(key, of_key.cos[part], of_key.sin[part])
+    def turns(self, start: int, time: int) -> Turns | None:
+        """Rows of the tables."""
+        named, part = dict(self.named_buffers()), slice(start, start + time)
+        query = RotaryTable(named["query_cos"][part], named["query_sin"][part])
+        return query, RotaryTable(named["key_cos"][part], named["key_sin"][part])
 
 
 class LearnedRotary(Encoding):
@@ -120,25 +126,28 @@ class LearnedRotary(Encoding):
         inv_freq = inverse_frequencies(config.rotary_dim, config.rope_base)
         self.inv_freq = nn.Parameter(inv_freq.float())
 
-    def turn(self, query: Tensor, key: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Each turned by its position, with gradients to the frequencies."""
-        time = query.shape[-2]
-        positions = torch.arange(start, start + time, device=query.device)
+    def turns(self, start: int, time: int) -> Turns | None:
+        """With gradients to the frequencies."""
+        positions = torch.arange(start, start + time, device=self.inv_freq.device)
         angles = positions[:, None] * self.inv_freq
-        return rotate(query, angles.cos(), angles.sin()), rotate(key, angles.cos(), angles.sin())
+        table = RotaryTable(angles.cos(), angles.sin())
+        return table, table
 
 
 class RelativeBias(Encoding):
     """T5's: a number per head and bucket of distances (Raffel et al. 2020, arXiv 1910.10683).
 
     Half of the buckets are single distances, the others grow with the logarithm up to `farthest`.
-    Shared by the layers, as there.
+    Shared by the layers, as there. gain: what the learned numbers are multiplied by. Under Adam it
+    is a learning rate so many times as high for them alone: at one that suits weights, a few
+    hundred steps cannot take a bias as far as scores reach.
     """
 
     buckets, farthest = 32, 128
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, gain: float = 1.0) -> None:
         super().__init__(config)
+        self.gain = gain
         self.weight = nn.Parameter(torch.zeros(config.num_heads, self.buckets))
         distance = torch.arange(config.max_position)
         exact = self.buckets // 2
@@ -151,12 +160,13 @@ class RelativeBias(Encoding):
         """[heads, queries, keys]; what lies ahead of a query is masked elsewhere."""
         last = torch.arange(keys - queries, keys, device=self.weight.device)
         distance = last[:, None] - torch.arange(keys, device=self.weight.device)
-        return self.weight[:, self.bucket[distance.clamp_min(0)]]
+        return self.gain * self.weight[:, self.bucket[distance.clamp_min(0)]]
 
 
 class EncodedAttention:
     """Attention under an encoding: whole sequences, or one token at a time with a cache.
 
+    What depends on positions only (turns, bias) is computed in the first layer, for all of them.
     keys, values: by layer, [batch, heads, time, head_dim], as turned; empty without a cache.
     """
 
@@ -166,6 +176,8 @@ class EncodedAttention:
         self.cached = cached
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._turns: Turns | None = None
+        self._bias: Tensor | None = None
 
     @property
     def start(self) -> int:
@@ -179,13 +191,16 @@ class EncodedAttention:
         heads = qkv.view(batch, time, 3, self.num_heads, width // (3 * self.num_heads))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         before = self.keys[layer].shape[2] if layer in self.keys else 0
-        query, key = self.encoding.turn(query, key, before)
+        if layer == 0:
+            self._turns = self.encoding.turns(before, time)
+            self._bias = self.encoding.bias(time, before + time)
+        query, key = turn(query, key, self._turns)
         if self.cached:
             if before:
                 key = torch.cat((self.keys[layer], key), dim=2)
                 value = torch.cat((self.values[layer], value), dim=2)
             self.keys[layer], self.values[layer] = key, value
-        bias = self.encoding.bias(time, key.shape[2])
+        bias = self._bias
         if time == 1 or bias is not None:
             ahead = torch.ones(time, key.shape[2], dtype=torch.bool, device=qkv.device)
             mask = torch.zeros_like(ahead, dtype=query.dtype).masked_fill_(
@@ -217,20 +232,32 @@ class EncodedGPT2(nn.Module):
         return hidden
 
 
-def _half(config: ModelConfig) -> ModelConfig:
-    return ModelConfig.from_dict(config.to_dict() | {"rotary_dim": config.head_dim // 2})
+def half_rotated(config: ModelConfig) -> ModelConfig:
+    """The first half of each head is rotated."""
+    return replace(config, rotary_dim=config.head_dim // 2)
+
+
+def with_xpos(config: ModelConfig) -> ModelConfig:
+    """The paper's proportion: a scale base of half the window (512 for 1,024 tokens)."""
+    return replace(config, rope=RopeScaling(type="xpos", scale_base=config.max_position / 2))
 
 
 ENCODINGS: Mapping[str, Callable[[ModelConfig], Encoding]] = MappingProxyType(
     {
         "RoPE": Rotary,
-        "RoPE, half the dims": lambda config: Rotary(_half(config)),
+        "RoPE, half the dims": lambda config: Rotary(half_rotated(config)),
         "RoPE, learned frequencies": LearnedRotary,
-        "xPos": lambda config: Rotary(config, "xpos"),
+        "xPos": lambda config: Rotary(with_xpos(config)),
         "learned absolute": Learned,
         "sinusoidal": Sinusoidal,
         "T5 relative bias": RelativeBias,
+        "T5 relative bias, 10 x its rate": lambda config: RelativeBias(config, 10.0),
         "none": Encoding,
     }
 )
 """By name; each is given a configuration whose rotary_dim is head_dim."""
+
+SAME_COST: Mapping[str, str] = MappingProxyType(
+    {"T5 relative bias, 10 x its rate": "T5 relative bias"}
+)
+"""Encodings that compute what another one does: they are not timed themselves."""

@@ -1,13 +1,13 @@
 """Does RoPE learn faster, cost less than a bias, and keep the cache valid?
 
-    python -m weights.experiments.positions --tokens DIR --out DIR
+    python -m weights.experiments.positions --corpus DIR --work DIR --out DIR
+    python -m weights.experiments.positions ... --only runs --seeds 2   # in several processes
+    python -m weights.experiments.positions ... --only times            # again, on a quiet machine
 
 Trains the same small network under every encoding of weights.experiments.encodings: the same text,
-batches, steps and seeds. Writes positions.json, positions.png and positions.md. DIR is the
-`tokens` folder of a run directory, with train/ and heldout/. A run that was stopped goes on with
-the pairs of encoding and seed that are missing.
-
-Time per training step and per decoded token are medians of interleaved repetitions.
+batches, steps and seeds. DIR of --corpus is what weights.corpus wrote, or a folder of .txt files.
+The work folder keeps tokens and every run that has ended, so what was stopped goes on there.
+Writes positions.json and positions.svg, and prints tables.
 """
 
 from __future__ import annotations
@@ -15,152 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from tqdm import tqdm
+from weights.experiments.encodings import ENCODINGS, SAME_COST
+from weights.experiments.picture import Curve, Panel, draw
+from weights.experiments.small import Laboratory, Plan, Run, machine
+from weights.experiments.timing import times
 
-from engine.config import ModelConfig
-from weights.curve import smooth
-from weights.experiments.encodings import ENCODINGS, EncodedAttention, EncodedGPT2
-from weights.experiments.picture import draw_curves
-from weights.loss import head_loss
-from weights.optimizer import Optimizer, Schedule
-from weights.recipe import Recipe
-from weights.tokens import Mixture, Tokens, open_tokens
-from weights.train import initialise
+HeldOut = Mapping[int, float]
+BASELINE = "learned absolute"
+"""Its loss at the end is the level that the others are timed to."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What every encoding is given."""
-
-    num_layers: int = 4
-    num_heads: int = 4
-    hidden_size: int = 128
-    length: int = 256
-    batch_tokens: int = 4096
-    steps: int = 400
-    learning_rate: float = 3e-3
-    seeds: tuple[int, ...] = (1, 2, 3)
-    evaluate_every: int = 20
-    held_out_windows: int = 32
-
-    def config(self, vocab_size: int) -> ModelConfig:
-        """The network; all of a head is rotated where anything is."""
-        return ModelConfig(
-            vocab_size=vocab_size,
-            padded_vocab_size=vocab_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            hidden_size=self.hidden_size,
-            intermediate_size=4 * self.hidden_size,
-            max_position=self.length,
-            rotary_dim=self.hidden_size // self.num_heads,
-            activation="gelu_tanh",
-        )
-
-
-def held_out_block(held_out: Mapping[str, Tokens], plan: Plan) -> torch.Tensor:
-    """Windows spread evenly over the held-out sources, int64 [windows, length + 1]."""
-    rows = []
-    each = max(1, plan.held_out_windows // len(held_out))
-    for tokens in held_out.values():
-        stride = max(1, (len(tokens) - plan.length - 1) // each)
-        for start in range(0, stride * each, stride):
-            rows.append(torch.from_numpy(tokens[start : start + plan.length + 1].astype("int64")))
-    return torch.stack(rows)
-
-
-class Run:
-    """One encoding, one seed."""
-
-    def __init__(self, name: str, seed: int, plan: Plan, vocab_size: int) -> None:
-        config = plan.config(vocab_size)
-        self.plan = plan
-        self.model = EncodedGPT2(config, ENCODINGS[name](config))
-        initialise(self.model.network, seed)
-        recipe = Recipe(steps=plan.steps, schedule="cosine", warmup=max(1, plan.steps // 20))
-        self.schedule = Schedule.of(recipe)
-        self.optimizer = Optimizer(self.model, plan.learning_rate, kind="adamw")
-        self.attention = EncodedAttention(self.model.encoding)
-
-    def loss(self, token_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Nats per token."""
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.model(token_ids, self.attention)
-        return head_loss(hidden, self.model.network.head.weight, targets, torch.bfloat16)
-
-    def train_step(self, step: int, mixture: Mixture) -> float:
-        """The loss before the step."""
-        rows = self.plan.batch_tokens // self.plan.length
-        loss = self.loss(*mixture.batch(step, rows, self.plan.length))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step(self.schedule.scale(step))
-        return loss.item()
-
-    @torch.no_grad()
-    def measure(self, block: torch.Tensor) -> float:
-        """Held-out nats per token."""
-        return self.loss(block[:, :-1], block[:, 1:]).item()
-
-    def train(self, mixture: Mixture, block: torch.Tensor, label: str) -> dict[str, Any]:
-        """All steps; held-out losses by step."""
-        held_out: dict[int, float] = {0: self.measure(block)}
-        losses = []
-        for step in tqdm(range(self.plan.steps), desc=label, unit=" steps", mininterval=5):
-            losses.append(self.train_step(step, mixture))
-            if (step + 1) % self.plan.evaluate_every == 0 or step + 1 == self.plan.steps:
-                held_out[step + 1] = self.measure(block)
-        return {"loss": [round(loss, 5) for loss in losses], "held_out": held_out}
-
-
-@torch.no_grad()
-def decode_seconds(run: Run, prompt: torch.Tensor, repeats: int) -> list[float]:
-    """Seconds per token, one sequence, float32, with the cache nearly full.
-
-    prompt: int64 [1, length - repeats]
-    """
-    attention = EncodedAttention(run.model.encoding, cached=True)
-    hidden = run.model(prompt, attention)[:, -1:]
-    seconds = []
-    for _ in range(repeats):
-        token = run.model.network.logits(hidden).argmax(-1)
-        began = time.perf_counter()
-        hidden = run.model(token, attention)
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-def times(plan: Plan, mixture: Mixture, block: torch.Tensor, vocab_size: int) -> dict[str, Any]:
-    """Milliseconds per training step and per decoded token, encodings taking turns."""
-    runs = {name: Run(name, 1, plan, vocab_size) for name in ENCODINGS}
-    training: dict[str, list[float]] = {name: [] for name in runs}
-    decoding: dict[str, list[float]] = {name: [] for name in runs}
-    tokens = min(32, plan.length // 4)
-    for repeat in tqdm(range(8), desc="times", unit=" rounds"):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run.train_step(repeat, mixture)
-            training[name].append(time.perf_counter() - began)
-            decoding[name] += decode_seconds(run, block[:1, : plan.length - tokens], tokens)
-    return {
-        name: {
-            "train_step_ms": [round(1000 * s, 2) for s in training[name][2:]],
-            "decode_ms": [round(1000 * s, 4) for s in decoding[name][2 * tokens :]],
-            "cache_shifts": run.model.encoding.shifts,
-        }
-        for name, run in runs.items()
-    }
-
-
-def steps_to(held_out: Mapping[int, float], level: float) -> float | None:
+def steps_to(held_out: HeldOut, level: float) -> float | None:
     """The step at which a curve first reaches a loss, on straight lines between measurements."""
     before: tuple[int, float] | None = None
     for step, loss in sorted(held_out.items()):
@@ -172,109 +42,183 @@ def steps_to(held_out: Mapping[int, float], level: float) -> float | None:
     return None
 
 
-def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per encoding. The loss to reach is the worst encoding's mean at the end."""
-    plan = results["plan"]
-    curves = {
-        name: [{int(k): v for k, v in run["held_out"].items()} for run in seeds.values()]
-        for name, seeds in results["runs"].items()
-    }
-    final = {name: [curve[plan["steps"]] for curve in runs] for name, runs in curves.items()}
-    level = max(statistics.mean(losses) for losses in final.values())
+def spread(values: Sequence[float], digits: int) -> list[float]:
+    """Mean, least and most."""
+    return [round(v, digits) for v in (statistics.mean(values), min(values), max(values))]
+
+
+def summarise(curves: Mapping[str, Sequence[HeldOut]], measured: Mapping[str, Any]) -> list[Any]:
+    """A row per encoding, the best first; curves: by encoding, a run per seed.
+
+    to_rope: difference of a run's last loss to that of RoPE with the same seed. level: the mean of
+    learned positions at the end. Spreads are [mean, least, most] over the seeds, and over the
+    repetitions [median, lower quartile, upper quartile].
+    """
+    final = {name: [curve[max(curve)] for curve in runs] for name, runs in curves.items()}
+    level = statistics.mean(final[BASELINE])
     rows = []
     for name, runs in curves.items():
         reached = [steps for curve in runs if (steps := steps_to(curve, level)) is not None]
-        measured = results["times"][name]
-        rows.append(
-            {
-                "encoding": name,
-                "final_loss": round(statistics.mean(final[name]), 4),
-                "final_loss_least": min(final[name]),
-                "final_loss_most": max(final[name]),
-                "level": round(level, 4),
-                "steps_to_level": round(statistics.mean(reached)) if reached else None,
-                "seeds_that_reach_it": len(reached),
-                "train_step_ms": statistics.median(measured["train_step_ms"]),
-                "decode_ms": statistics.median(measured["decode_ms"]),
-                "cache_shifts": measured["cache_shifts"],
-            }
-        )
-    return sorted(rows, key=lambda row: row["final_loss"])
+        differences = [a - b for a, b in zip(final[name], final["RoPE"], strict=True)]
+        row = {
+            "encoding": name,
+            "final_loss": spread(final[name], 4),
+            "to_rope": spread(differences, 4),
+            "level": round(level, 4),
+            "steps_to_level": spread(reached, 1) if reached else None,
+            "seeds_that_reach_it": len(reached),
+            "cache_shifts": ENCODINGS[name](Plan().config()).shifts,
+        }
+        for length, of_encoding in measured.items():
+            for what, values in of_encoding[SAME_COST.get(name, name)].items():
+                low, middle, high = statistics.quantiles(values, n=4)
+                row[f"{what}_{length}"] = [round(v, 3) for v in (middle, low, high)]
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["final_loss"][0])
 
 
-def table(rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], parameters: int) -> str:
-    """Markdown."""
+def _with_spread(values: Sequence[float] | None, form: str) -> str:
+    if values is None:
+        return "never"
+    middle, low, high = (format(value, form) for value in values)
+    return f"{middle} ({low} to {high})"
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """Markdown: what was learned, then what it cost."""
+    rows, plan, seeds = document["summary"], document["plan"], len(document["seeds"])
     lines = [
-        f"{plan['num_layers']} layers, {plan['hidden_size']} wide, {parameters / 1e6:.1f} million "
-        f"parameters; {plan['steps']} steps of {plan['batch_tokens']:,} tokens, windows of "
-        f"{plan['length']}; {len(plan['seeds'])} seeds: mean (least to most). Held-out loss in "
-        f"nats per token; the level is the worst encoding's loss at the end, "
-        f"{rows[0]['level']:.3f}.",
+        f"{plan['num_layers']} layers, {plan['hidden_size']} wide, "
+        f"{document['parameters'] / 1e6:.2f} million parameters, a vocabulary of "
+        f"{plan['vocab_size']:,}; {plan['steps']} steps of {plan['batch_tokens']:,} tokens, "
+        f"windows of {plan['length']}, peak learning rate {plan['learning_rate']:g}. Held-out "
+        f"loss in nats per token; mean of {seeds} seeds (least to most). "
+        f"The level, {rows[0]['level']:.3f}, is where {BASELINE} ends.",
         "",
-        "| encoding | loss at the end | steps to the level | ms per training step "
-        "| ms per decoded token | cache outlives its oldest tokens |",
+        "| encoding | loss at the end | minus RoPE's, same seed | steps to the level "
+        "| seeds that reach it | cache outlives its oldest tokens |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        steps = "never" if row["steps_to_level"] is None else f"{row['steps_to_level']}"
-        lines.append(
-            f"| {row['encoding']} | {row['final_loss']:.3f} ({row['final_loss_least']:.3f} to "
-            f"{row['final_loss_most']:.3f}) | {steps} | {row['train_step_ms']:.0f} "
-            f"| {row['decode_ms']:.2f} | {'yes' if row['cache_shifts'] else 'no'} |"
-        )
+        cells = [
+            row["encoding"],
+            _with_spread(row["final_loss"], ".3f"),
+            _with_spread(row["to_rope"], "+.3f"),
+            _with_spread(row["steps_to_level"], ".0f"),
+            str(row["seeds_that_reach_it"]),
+            "yes" if row["cache_shifts"] else "no",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lengths = list(document["times"])
+    heads = [f"{what}, {n}" for n in lengths for what in ("training step", "decoded token")]
+    lines += [
+        "",
+        f"Milliseconds on {document['machine']['threads']} thread: a training step of "
+        f"{plan['batch_tokens']:,} tokens in windows of so many, and a token decoded behind as "
+        "many; median (quartiles).",
+        "",
+        f"| encoding | {' | '.join(heads)} |",
+        "|---" * (1 + len(heads)) + "|",
+    ]
+    for row in rows:
+        cells = [row["encoding"]]
+        for length in lengths:
+            cells.append(_with_spread(row[f"train_step_ms_{length}"], ".0f"))
+            cells.append(_with_spread(row[f"decode_ms_{length}"], ".2f"))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def panels(curves: Mapping[str, Sequence[HeldOut]]) -> list[Panel]:
+    """Held-out losses, and what they are above RoPE's of the same seed."""
+    at = sorted(curves["RoPE"][0])
+    losses = {name: [[run[step] for step in at] for run in runs] for name, runs in curves.items()}
+    above = {
+        name: [
+            [a - b for a, b in zip(run, rope, strict=True)]
+            for run, rope in zip(runs, losses["RoPE"], strict=True)
+        ]
+        for name, runs in losses.items()
+    }
+    late = [value for runs in losses.values() for run in runs for value in run[len(at) // 5 :]]
+    first, second = (
+        {name: Curve(at, runs) for name, runs in each.items()} for each in (losses, above)
+    )
+    title = f"{len(losses['RoPE'])} seeds: mean, least to most"
+    low, high = min(late) - 0.05, max(late)
+    return [
+        Panel(title, "steps", "held-out loss, nats per token", first, low, high),
+        Panel("difference to RoPE, same seed", "steps", "nats per token", second),
+    ]
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m weights.experiments.positions")
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--corpus", type=Path, required=True, help="text")
+    parser.add_argument("--work", type=Path, required=True, help="folder for tokens and runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a run for each")
+    parser.add_argument("--hidden-size", type=int, default=Plan.hidden_size, help="width")
+    parser.add_argument("--length", type=int, default=Plan.length, help="tokens of a window")
+    parser.add_argument("--vocab-size", type=int, default=Plan.vocab_size, help="tokens")
+    parser.add_argument("--learning-rate", type=float, default=Plan.learning_rate, help="its peak")
+    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=[*ENCODINGS])
+    parser.add_argument("--rounds", type=int, default=10, help="repetitions of what is timed")
+    parser.add_argument("--only", choices=("runs", "times"), help="a part, and no results yet")
+    options = parser.parse_args(arguments)
+    if missing := {"RoPE", BASELINE} - set(options.encodings):
+        parser.error(f"--encodings must have {missing.pop()}: the others are compared with it")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m weights.experiments.positions")
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--tokens", type=Path, required=True, help="folder of train/ and heldout/")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of each run")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each encoding")
-    parser.add_argument("--hidden-size", type=int, default=Plan.hidden_size, help="width")
-    parser.add_argument("--length", type=int, default=Plan.length, help="tokens of a window")
-    options = parser.parse_args(arguments)
+    options = _arguments(arguments)
     plan = Plan(
         steps=options.steps,
-        seeds=tuple(range(1, options.seeds + 1)),
         hidden_size=options.hidden_size,
         length=options.length,
+        vocab_size=options.vocab_size,
+        learning_rate=options.learning_rate,
     )
-    sources = open_tokens(options.tokens / "train")
-    vocab_size = 1 + max(int(tokens.max()) for tokens in sources.values())
-    block = held_out_block(open_tokens(options.tokens / "heldout"), plan)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "positions.json"
-    wanted = json.loads(json.dumps(asdict(plan)))
-    results: dict[str, Any] = {"plan": wanted, "runs": {}}
-    if path.exists() and (before := json.loads(path.read_text("utf-8")))["plan"] == wanted:
-        results = before
-    shares = {name: float(len(tokens)) for name, tokens in sources.items()}
-    for seed in plan.seeds:
-        mixture = Mixture(sources, shares, seed)
-        for name in ENCODINGS:
-            runs = results["runs"].setdefault(name, {})
-            if str(seed) not in runs:
-                run = Run(name, seed, plan, vocab_size)
-                runs[str(seed)] = run.train(mixture, block, f"{name}, seed {seed}")
-                path.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    if "times" not in results:
-        results["times"] = times(plan, Mixture(sources, shares, 1), block, vocab_size)
-    results["summary"] = summarise(results)
-    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    first = Run("RoPE", 1, plan, vocab_size)
-    parameters = sum(p.numel() for p in first.model.network.parameters())
-    text = table(results["summary"], wanted, parameters)
-    (options.out / "positions.md").write_text(text, encoding="utf-8")
-    print(text)
+    laboratory = Laboratory(options.corpus, options.work, plan)
+    timed = options.work / "times.json"
+    if options.only != "runs" and (options.only == "times" or not timed.exists()):
+        lengths = (plan.length, 4 * plan.length)
+        values = times(plan, laboratory.mixture, laboratory.held_out, lengths, options.rounds)
+        timed.write_text(json.dumps({"machine": machine(), "times": values}) + "\n", "utf-8")
+    if options.only == "times":
+        return
+    runs = {}
+    for seed in options.seeds:
+        for name in options.encodings:
+            runs[name, seed] = laboratory.run(name, seed, plan)
+    if options.only == "runs":
+        return
     curves = {
-        name: [smooth(run["loss"]) for run in runs.values()]
-        for name, runs in results["runs"].items()
+        name: [
+            {int(step): loss for step, loss in runs[name, seed]["held_out"].items()}
+            for seed in options.seeds
+        ]
+        for name in options.encodings
     }
-    draw_curves(curves, options.out / "positions.png", "steps", "training loss, nats per token")
+    measured = json.loads(timed.read_text(encoding="utf-8"))
+    document = {
+        "machine": measured["machine"],
+        "plan": asdict(plan),
+        "seeds": options.seeds,
+        "parameters": sum(p.numel() for p in Run("none", 1, plan).model.parameters()),
+        "summary": summarise(curves, measured["times"]),
+        "held_out": curves,
+        "times": measured["times"],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "positions.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
+    draw(panels(curves), options.out / "positions.svg")
+    print(table(document))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Ways to go past a trained context, and what they make of held-out texts, by the engine itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine import LLM, RequestOptions
+from engine.scaling import RopeScaling
+from weights.tokens import Tokens
+
+PARTS = 32
+"""Stretches of positions whose mean is a point of the picture."""
+
+
+def stretches(sources: Sequence[Tokens], length: int, count: int) -> list[list[int]]:
+    """`count` texts of `length` tokens, from all sources in turn, evenly spaced.
+
+    Raises ValueError where no source is so long.
+    """
+    long = [tokens for tokens in sources if len(tokens) >= length]
+    if not long:
+        raise ValueError(f"no held-out source has {length:,} tokens")
+    texts = []
+    for number in range(count):
+        tokens, turn = long[number % len(long)], number // len(long)
+        turns = max(1, -(-count // len(long)))
+        start = turn * ((len(tokens) - length) // turns)
+        texts.append(tokens[start : start + length].tolist())
+    return texts
+
+
+def unscaled_copy(model_dir: Path, folder: Path, times: int) -> Path:
+    """The same model, declared to have been trained so many times as far: no scaling at all."""
+    for path in model_dir.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (folder / path.name).symlink_to(path.resolve())
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config["max_position"] *= times
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def engine(model_dir: Path) -> LLM:
+    """One sequence at a time: memory is for its length. float32: rounding is not the question."""
+    return LLM(model_dir, device="cpu", dtype="float32", kv_memory=512 * 2**20, max_num_seqs=1)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a text is read. rope: None is the model's own. overflow: of RequestOptions."""
+
+    name: str
+    rope: RopeScaling | None = None
+    shift: bool = False
+
+    def nats(self, llm: LLM, texts: Sequence[list[int]], trained: int) -> list[list[float]]:
+        """-ln p of each token but the first, by text; float [texts][length - 1].
+
+        Dynamic NTK is scored as it would be generated, each token under the factor of its own
+        length: by the prefix that ends where the factor changes.
+        """
+        lengths = {len(text) for text in texts}
+        ends = [max(lengths)]
+        if self.rope is not None and self.rope.type == "dynamic":
+            end = self.rope.steady_until(1, trained)
+            ends = [end]
+            while end < max(lengths):
+                end = self.rope.steady_until(end + 1, trained)
+                ends.append(end)
+        losses: list[list[float]] = [[] for _ in texts]
+        for end in ends:
+            read = self._score(llm, [text[:end] for text in texts])
+            losses = [old + new[len(old) :] for old, new in zip(losses, read, strict=True)]
+        return losses
+
+    def _score(self, llm: LLM, texts: Sequence[list[int]]) -> list[list[float]]:
+        options = RequestOptions(overflow="shift") if self.shift else RequestOptions()
+        scores = llm.score(list(texts), options, rope=self.rope)
+        return [[-each.logprob for each in score.logprobs] for score in scores]
+
+
+def by_position(losses: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Mean nats of each of PARTS stretches of positions, by text."""
+    parts = np.array_split(np.array(losses), PARTS, axis=1)
+    return [[round(float(v), 4) for v in row] for row in np.array([p.mean(1) for p in parts]).T]

@@ -1,0 +1,129 @@
+"""Does xPos hold where RoPE ends? The small models of weights.experiments.positions, far outside.
+
+    python -m weights.experiments.xpos --work DIR --out DIR
+
+xPos is trained, not chosen afterwards: so this compares networks that were trained alike, one per
+seed, under RoPE and under xPos (Sun et al. 2022, arXiv 2212.10554), and reads texts of `--times`
+their window through the serving engine: with no scaling, and with `overflow: shift`. The work
+folder is that of weights.experiments.positions, which keeps the models. Writes xpos.json and
+xpos.svg, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.model.loader import read_config
+from weights.experiments.picture import Curve, Panel, draw
+from weights.experiments.small import SERVED, machine, model_dir
+from weights.experiments.stretch import PARTS, Way, by_position, engine, stretches, unscaled_copy
+from weights.tokens import open_tokens
+
+SHIFT = Way("shift", shift=True)
+NONE = Way("none")
+
+
+def read(folder: Path, texts: Sequence[list[int]], times: int) -> dict[str, dict[str, Any]]:
+    """Nats per token under both ways, over all texts: within the window, beyond it, by position."""
+    trained = read_config(folder).max_position
+    results = {}
+    with tempfile.TemporaryDirectory() as copy:
+        far = unscaled_copy(folder, Path(copy), times)
+        for way, from_dir in ((NONE, far), (SHIFT, folder)):
+            losses = way.nats(engine(from_dir), texts, trained)
+            results[way.name] = {
+                "within": statistics.mean(v for text in losses for v in text[: trained - 1]),
+                "beyond": statistics.mean(v for text in losses for v in text[trained - 1 :]),
+                "by_position": [
+                    statistics.mean(part) for part in zip(*by_position(losses), strict=True)
+                ],
+            }
+    return results
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"Perplexity of {document['texts']} held-out texts of {document['length']:,} tokens, "
+        f"{document['times']} times the trained window of {document['trained']}; mean of "
+        f"{len(document['seeds'])} networks (least to most).",
+        "",
+        f"| | within the trained window | beyond it | in the last {document['length'] // PARTS} "
+        "positions |",
+        "|---|---|---|---|",
+    ]
+    for name, runs in document["results"].items():
+        cells = []
+        for values in (
+            [run["within"] for run in runs],
+            [run["beyond"] for run in runs],
+            [run["by_position"][-1] for run in runs],
+        ):
+            mean, least, most = (
+                math.exp(v) for v in (statistics.mean(values), min(values), max(values))
+            )
+            cells.append(f"{mean:.1f} ({least:.1f} to {most:.1f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def panels(document: Mapping[str, Any]) -> list[Panel]:
+    """Nats per token against position."""
+    length = document["length"]
+    at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
+    curves = {
+        name: Curve(at, [run["by_position"] for run in runs])
+        for name, runs in document["results"].items()
+    }
+    title = f"{len(document['seeds'])} networks: mean, least to most"
+    across = f"position (trained: {document['trained']})"
+    return [Panel(title, across, "nats per token", curves)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m weights.experiments.xpos")
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--times", type=int, default=8, help="how far to read")
+    parser.add_argument("--texts", type=int, default=16, help="how many texts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="networks")
+    options = parser.parse_args(arguments)
+    trained = read_config(model_dir(options.work, "RoPE", options.seeds[0])).max_position
+    length = options.times * trained
+    held_out = open_tokens(options.work / "tokens" / "heldout")
+    texts = stretches(list(held_out.values()), length, options.texts)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in tqdm(options.seeds, desc="networks"):
+        for name in SERVED:
+            folder = model_dir(options.work, name, seed)
+            for way, result in read(folder, texts, options.times).items():
+                results.setdefault(f"{name}, {way}", []).append(result)
+    document = {
+        "machine": machine(),
+        "texts": len(texts),
+        "length": length,
+        "times": options.times,
+        "trained": trained,
+        "seeds": options.seeds,
+        "results": results,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "xpos.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
+    draw(panels(document), options.out / "xpos.svg")
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()
