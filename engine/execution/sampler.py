@@ -120,7 +120,7 @@ class Sampler:
                 self._penalise(logits[row], request)
         errors = self._obey(logits, requests)
         for row, request in enumerate(requests):
-            if _changes_logits(request):
+            if changes_logits(request):
                 token_ids[row] = logits[row].argmax()
         random = [row for row, request in enumerate(requests) if not request.params.greedy]
         if random:
@@ -260,7 +260,7 @@ def nucleus_threshold(probabilities: Tensor, enough: Tensor) -> Tensor:
     return ordered.gather(1, last.clamp_(max=count - 1))
 
 
-def _changes_logits(request: Request) -> bool:
+def changes_logits(request: Request) -> bool:
     """Whether the likeliest token may be another one than the model's."""
     params = request.params
     return _has_penalty(request) or bool(params.logit_bias) or params.grammar is not None
