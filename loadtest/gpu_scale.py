@@ -35,6 +35,8 @@ class Scale:
     output: int = 24
     budgets: Sequence[int] = (512, 7)
     layers: int = 4
+    width: int = 64
+    vocab: int = 200
 
 
 SMALL = Scale(
@@ -51,6 +53,8 @@ SMALL = Scale(
     output=3,
     budgets=(20,),
     layers=1,
+    width=32,
+    vocab=40,
 )
 """For the interpreter, which takes a millisecond for a handful of operations."""
 
@@ -74,12 +78,12 @@ def same(actual: Tensor, expected: Tensor, what: str) -> None:
 def small_config(scale: Scale) -> ModelConfig:
     """A network small enough for a full recompute."""
     return ModelConfig(
-        vocab_size=200,
-        padded_vocab_size=208,
+        vocab_size=scale.vocab,
+        padded_vocab_size=scale.vocab + 8,
         num_layers=scale.layers,
-        num_heads=2,
-        hidden_size=64,
-        intermediate_size=96,
+        num_heads=scale.width // 32,
+        hidden_size=scale.width,
+        intermediate_size=3 * scale.width // 2,
         max_position=512,
         rotary_dim=16,
     )

@@ -48,10 +48,10 @@ def placed(scale: Scale, dtype: torch.dtype) -> GPT2:
     return model
 
 
-def random_prompts(count: int, length: int) -> list[list[int]]:
+def random_prompts(scale: Scale, count: int) -> list[list[int]]:
     """Always the same."""
-    generator = torch.Generator().manual_seed(1)
-    prompts: list[list[int]] = torch.randint(0, 200, (count, length), generator=generator).tolist()
+    generator, shape = torch.Generator().manual_seed(1), (count, scale.prompt)
+    prompts: list[list[int]] = torch.randint(0, scale.vocab, shape, generator=generator).tolist()
     return prompts
 
 
@@ -63,7 +63,7 @@ def agrees_with_a_recompute(scale: Scale, make_recorder: MakeRecorder) -> str:
         RotaryTable.for_model(config).to(scale.device), config.num_heads, torch.float64
     )
     model = random_model(config, torch.float32, scale.device)
-    prompts, expected = random_prompts(2, scale.prompt), []
+    prompts, expected = random_prompts(scale, 2), []
     with torch.inference_mode():
         for prompt in prompts:
             known = list(prompt)
@@ -90,7 +90,7 @@ def some_requests(scale: Scale) -> list[Wanted]:
         SamplingParams(temperature=1.2, top_k=20, top_p=0.9, min_p=0.02, seed=2**63 + 5),
         SamplingParams(temperature=1.0, frequency_penalty=0.3, seed=3),
     )
-    prompts = random_prompts(len(kinds), scale.prompt)
+    prompts = random_prompts(scale, len(kinds))
     return [
         (prompt, scale.output + at, params)
         for at, (prompt, params) in enumerate(zip(prompts, kinds, strict=True))
@@ -130,7 +130,7 @@ def graphs_change_nothing(scale: Scale, make_recorder: MakeRecorder) -> str:
 def logits_are_exact(scale: Scale) -> str:
     """The whole network in bfloat16: logits of a prompt in one step and token by token."""
     model = placed(scale, torch.bfloat16)
-    prompts, length = random_prompts(2, scale.prompt), scale.prompt
+    prompts, length = random_prompts(scale, 2), scale.prompt
 
     def logits(cuts: Sequence[int], seqs: Sequence[int]) -> Tensor:
         """The last ones of these sequences, in chunks that end at the cuts."""

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Meta(type):
-    """Makes a dataclass of every class; what is said of its encoding means nothing here."""
+    """Makes a dataclass of every struct; what is said of its encoding means nothing here."""
 
     def __new__(
         cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **settings: object
@@ -20,6 +20,8 @@ class _Meta(type):
             if isinstance(default := namespace.get(each), list | dict):
                 namespace[each] = field(default_factory=type(default))
         made = super().__new__(cls, name, bases, namespace)
+        if not bases:
+            return made
         chosen = {key: bool(settings[key]) for key in ("frozen", "kw_only") if key in settings}
         return dataclass(**chosen)(made)
 

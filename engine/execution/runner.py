@@ -73,11 +73,13 @@ class InputBatch:
 class Runner(Protocol):
     """Executes SchedulerOutputs, one after the other."""
 
-    name: str
-    """How, as a line for people; empty for the plain way."""
-
     looks_ahead: bool
     """Whether it begins a step before the scheduler has asked for it, where there are pages."""
+
+    @property
+    def name(self) -> str:
+        """How, as a line for people; empty for the plain way."""
+        ...
 
     @property
     def ahead(self) -> Collection[str]:
