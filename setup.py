@@ -16,6 +16,8 @@ from setuptools.command.build_ext import build_ext
 
 ATTENTION = Path("engine/model/attention/cpu_kernel.cpp")
 LINEAR = Path("engine/model/cpu_linear.cpp")
+DRAW = Path("engine/execution/cpu_draw.cpp")
+STACK = Path("engine/model/cpu_stack.cpp")
 HEADER = Path("engine/model/cpu_vector.h")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
@@ -25,11 +27,13 @@ INSTRUCTIONS = {
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
-KERNELS = {ATTENTION: ["generic"], LINEAR: []}
+KERNELS = {ATTENTION: ["generic"], LINEAR: [], STACK: ["generic"], DRAW: ["generic"]}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNELS = {
         ATTENTION: ["generic", "avx2", "avx512"],
         LINEAR: ["avx2", "avx512", "avx512bf16"],
+        STACK: ["generic"],
+        DRAW: ["generic", "avx2", "avx512"],
     }
 
 

@@ -114,7 +114,7 @@ class ModelRunner:
         self._backend = backend
         self._batch = batch
         self._block_size = backend.cache.block_size
-        self._device = model.embedding.weight.device
+        self._device = backend.cache.keys[0].device
 
     def begin(self, step: SchedulerOutput) -> None:
         """Forget what is released, and put the rotations that the step needs."""

@@ -6,73 +6,47 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import GrammarFailed
+from engine.execution.cpu_draw import KernelDraw
+from engine.execution.draw import Draw, draw
 from engine.execution.masks import GrammarMasks
 from engine.messages import SampledToken, TokenLogprobs
+from engine.model.library import KernelUnavailableError
 from engine.request import Request
-
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-_LOW = np.uint64(0xFFFFFFFF)
-_WORD = np.uint64(32)
-
-NUCLEUS_TOKENS = 512
-"""Tokens that a nucleus (top_p) is first looked for among: sorting a vocabulary is slow."""
-
-Words = NDArray[np.uint64]
-
-
-def philox(counter: Words, key: Words) -> Words:
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
-
-    counter [4, n] and key [2, n] hold 32-bit words in uint64; returns [4, n] of the same kind.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high, low = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (low >> _WORD) ^ c1 ^ k0,
-            low & _LOW,
-            (high >> _WORD) ^ c3 ^ k1,
-            high & _LOW,
-        )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    return np.stack((c0, c1, c2, c3))
-
-
-def uniforms(requests: Sequence[Request]) -> NDArray[np.float64]:
-    """One number in [0, 1) per request, a function of (seed, choice, stream index) alone."""
-    counter = np.zeros((4, len(requests)), np.uint64)
-    counter[0] = [request.num_output_tokens for request in requests]
-    counter[1] = [request.choice for request in requests]
-    seeds = np.array([request.seed for request in requests], np.uint64)
-    words = philox(counter, np.stack((seeds & _LOW, seeds >> _WORD)))
-    # 53 bits, as a double holds: 27 from one word and 26 from another.
-    high, low = words[0] >> np.uint64(5), words[1] >> np.uint64(6)
-    numbers: NDArray[np.float64] = (high * np.float64(2**26) + low) / np.float64(2**53)
-    return numbers
 
 
 class TokenCounts:
-    """Which tokens a request has seen, kept up as it grows; for its penalties."""
+    """Which tokens a request has seen, kept up as it grows; for its penalties.
 
-    def __init__(self, vocab_size: int) -> None:
-        self.seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self.output = torch.zeros(vocab_size, dtype=torch.float32)
+    ids are the distinct ones in the order they came, outputs how often each was generated.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.outputs: list[int] = []
+        self._places: dict[int, int] = {}
         self._counted = 0
 
     def update(self, request: Request) -> None:
         """Count the tokens that came since the last call."""
         for at in range(self._counted, request.num_tokens):
             token_id = request.token_ids[at]
-            self.seen[token_id] = True
-            if at >= request.num_prompt_tokens:
-                self.output[token_id] += 1
+            place = self._places.setdefault(token_id, len(self.ids))
+            if place == len(self.ids):
+                self.ids.append(token_id)
+                self.outputs.append(0)
+            self.outputs[place] += at >= request.num_prompt_tokens
         self._counted = request.num_tokens
+
+
+def choose_draw() -> Draw:
+    """The compiled kernel's, where there is one for this machine."""
+    try:
+        return KernelDraw()
+    except KernelUnavailableError:
+        return draw
 
 
 class Sampler:
@@ -93,6 +67,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._masks = masks
         self._unused = torch.tensor(unused_token_ids, dtype=torch.int64)
+        self._draw = choose_draw()
         self._counts: dict[str, TokenCounts] = {}
 
     def forget(self, request_id: str) -> None:
@@ -121,13 +96,14 @@ class Sampler:
         errors = self._obey(logits, requests)
         for row, request in enumerate(requests):
             if changes_logits(request):
-                token_ids[row] = logits[row].argmax()
+                token_ids[row] = int(logits[row].numpy().argmax())
         random = [row for row, request in enumerate(requests) if not request.params.greedy]
         if random:
-            chosen = self._draw(logits[random], [requests[row] for row in random])
-            token_ids[random] = chosen
+            drawn = self._draw(logits, random, [requests[row] for row in random])
+            for row, token_id in zip(random, drawn, strict=True):
+                token_ids[row] = token_id
         sampled = []
-        for row, (token_id, request) in enumerate(zip(token_ids.tolist(), requests, strict=True)):
+        for row, (token_id, request) in enumerate(zip(token_ids, requests, strict=True)):
             top = self._top(logprobs.get(row), token_id, request)
             ended, error = False, errors.get(row)
             if self._masks is not None and request.params.grammar is not None and error is None:
@@ -164,14 +140,15 @@ class Sampler:
             )
         ]
 
-    def _checked(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _checked(self, logits: Tensor) -> tuple[Tensor, list[int]]:
         """The logits of real tokens, in place, ids that no token has being impossible; and the
         likeliest of each row."""
         logits = logits[:, : self._vocab_size]
         if len(self._unused):
             logits.index_fill_(1, self._unused, -torch.inf)
-        highest, token_ids = logits.max(dim=-1)  # of equals the first; a NaN is the highest
-        if not highest.isfinite().all():
+        rows = logits.numpy()  # its argmax is many times as fast as torch's
+        token_ids = [int(row.argmax()) for row in rows]  # of equals the first; a NaN is the highest
+        if not np.isfinite(rows[range(len(rows)), token_ids]).all():
             raise FloatingPointError("the model's logits are not finite")
         return logits, token_ids
 
@@ -194,70 +171,21 @@ class Sampler:
     def _penalise(self, logits: Tensor, request: Request) -> None:
         """Apply the penalties to one row, in place."""
         params = request.params
-        counts = self._counts.setdefault(request.request_id, TokenCounts(self._vocab_size))
+        counts = self._counts.setdefault(request.request_id, TokenCounts())
         counts.update(request)
-        factor = params.repetition_penalty
-        repeated = torch.where(logits > 0, logits / factor, logits * factor)
-        torch.where(counts.seen, repeated, logits, out=logits)
-        logits -= params.frequency_penalty * counts.output
-        logits -= params.presence_penalty * (counts.output > 0)
-
-    def _draw(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        """Sample rows by inverting the cumulative distribution in order of token id."""
-        probabilities = self._filtered(logits, requests)
-        cumulative = probabilities.double().cumsum(dim=-1)
-        total = cumulative[:, -1:]
-        target = torch.from_numpy(uniforms(requests))[:, None] * total
-        # Rounding must not reach the total, beyond which there is no token.
-        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-    @staticmethod
-    def _filtered(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        """Probabilities [rows, vocab_size] after temperature and filters; not normalised again.
-
-        A filter keeps tokens down to a threshold, so ties stay together.
-        """
-        params = [request.params for request in requests]
-        temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32)
-        # The largest goes to zero first: a tiny temperature then cannot overflow.
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
-        for row, p in enumerate(params):
-            if 0 < p.top_k < scaled.shape[1]:
-                threshold = scaled[row].topk(p.top_k).values[-1]
-                scaled[row].masked_fill_(scaled[row] < threshold, -torch.inf)
-        probabilities = scaled.softmax(dim=-1)
-        nucleus = [row for row, p in enumerate(params) if p.top_p < 1]
-        if nucleus:
-            enough = torch.tensor([params[row].top_p for row in nucleus], dtype=torch.float64)
-            threshold = nucleus_threshold(probabilities[nucleus], enough)
-            kept = probabilities[nucleus]
-            probabilities[nucleus] = kept.masked_fill_(kept < threshold, 0.0)
-        floor = torch.tensor([p.min_p for p in params], dtype=torch.float32)[:, None]
-        floor = floor * probabilities.amax(dim=-1, keepdim=True)
-        return probabilities.masked_fill_(probabilities < floor, 0.0)
+        row, ids = logits.numpy(), np.array(counts.ids)
+        ids, outputs = ids[ids < len(row)], np.array(counts.outputs, np.float32)[ids < len(row)]
+        seen, factor = row[ids], np.float32(params.repetition_penalty)
+        seen = np.where(seen > 0, seen / factor, seen * factor)
+        seen -= np.float32(params.frequency_penalty) * outputs
+        seen -= np.float32(params.presence_penalty) * (outputs > 0)
+        row[ids] = seen
 
 
 def _add_biases(logits: Tensor, biases: Mapping[int, float]) -> None:
     """Add to one row [vocab_size], in place; a token that cannot be sampled stays so."""
     ids = torch.tensor(list(biases), dtype=torch.int64)
     logits[ids] += torch.tensor(list(biases.values()), dtype=torch.float32)
-
-
-def nucleus_threshold(probabilities: Tensor, enough: Tensor) -> Tensor:
-    """The least probability [rows, 1] that the likeliest tokens need to reach `enough` [rows].
-
-    Most nuclei are small: the likeliest tokens are looked at first, all of them only where these do
-    not reach it. Both give the same number.
-    """
-    size = probabilities.shape[1]
-    for count in (min(NUCLEUS_TOKENS, size), size):
-        ordered = probabilities.topk(count).values
-        mass = ordered.double().cumsum(dim=-1)
-        if count == size or (mass[:, -1] >= enough).all():
-            break
-    last = (mass < enough[:, None]).sum(dim=-1, keepdim=True)
-    return ordered.gather(1, last.clamp_(max=count - 1))
 
 
 def changes_logits(request: Request) -> bool:

@@ -319,6 +319,21 @@ int run_format(const RopewayLinear &layer, const T *x, const float *residual, vo
     return run<Int8>(layer, x, residual, out, num_rows, num_threads);
 }
 
+// A row of the weight as numbers: what an output's panel holds of it, word after word.
+inline void gather(const RopewayLinear &layer, int64_t output, float *to) {
+    const int steps = steps_of(layer), count = layer.in_features;
+    const uint32_t *const words =
+        (const uint32_t *)layer.weight + output / PANEL * steps * PANEL + output % PANEL;
+    if (layer.format == 0) {
+        for (int s = 0; s < steps; ++s) __builtin_memcpy(to + s, words + s * PANEL, sizeof *to);
+        return;
+    }
+    for (int s = 0; s < steps; ++s) {
+        const uint32_t word = words[s * PANEL], pair[] = {word << 16, word & 0xffff0000u};
+        __builtin_memcpy(to + 2 * s, pair, smaller(2, count - 2 * s) * sizeof *to);
+    }
+}
+
 }  // namespace
 
 // Whether this machine has the instructions of this variant.
@@ -337,4 +352,17 @@ extern "C" int NAMED(ropeway_linear_, VARIANT)(const RopewayLinear *layer, const
     if (layer->in_bfloat16)
         return run_format(*layer, (const BFloat16 *)x, residual, out, num_rows, num_threads);
     return run_format(*layer, (const float *)x, residual, out, num_rows, num_threads);
+}
+
+// The weight's rows of these ids as float32 [num_ids, in_features]: an embedding that shares its
+// weight with the head is held once. Not for int8. Returns 0, or 1 for an id that there is not.
+extern "C" int NAMED(ropeway_embedding_, VARIANT)(const RopewayLinear *layer, const int64_t *ids,
+                                                  float *out, int32_t num_ids,
+                                                  int32_t num_threads) {
+    for (int i = 0; i < num_ids; ++i)
+        if (ids[i] < 0 || ids[i] >= layer->out_features) return 1;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int i = 0; i < num_ids; ++i)
+        gather(*layer, ids[i], out + int64_t(i) * layer->in_features);
+    return 0;
 }

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from engine.config import Activation
 from engine.errors import ConfigError
-from engine.model.library import load_kernel
+from engine.model.library import address_of, load_kernel
 
 Format = Literal["float32", "bfloat16", "int8"]
 
@@ -91,7 +91,8 @@ def to_panels(weight: Tensor) -> Tensor:
     """
     outputs, inputs = weight.shape
     width = 4 // weight.itemsize
-    padded = F.pad(weight, (0, -inputs % width, 0, -outputs % PANEL))
+    missing = (0, -inputs % width, 0, -outputs % PANEL)
+    padded = F.pad(weight, missing) if any(missing) else weight  # which would copy all of it
     return padded.view(-1, PANEL, padded.shape[1] // width, width).transpose(1, 2)
 
 
@@ -173,7 +174,8 @@ class KernelLinear(nn.Module):
             self.out_dtype == torch.bfloat16,
             0.0 if norm is None else norm.eps,
         )
-        self._address = ctypes.addressof(self._linear)
+        self.address = ctypes.addressof(self._linear)
+        self.function_address = address_of(self._call)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features]; residual: float32, of out's shape.
@@ -199,7 +201,7 @@ class KernelLinear(nn.Module):
         num_rows = x.numel() // self.in_features
         added = None if residual is None else residual.data_ptr()
         if num_rows and self._call(
-            self._address, x.data_ptr(), added, out.data_ptr(), num_rows, torch.get_num_threads()
+            self.address, x.data_ptr(), added, out.data_ptr(), num_rows, torch.get_num_threads()
         ):
             raise MemoryError("no memory for the scratch space of a product")
         return out
@@ -210,6 +212,34 @@ class KernelLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"{self.weight_format}, {self.variant}"
         )
+
+
+class PanelEmbedding(nn.Module):
+    """The rows of a head's weight in float32: a tied embedding that is not held a second time."""
+
+    def __init__(self, head: KernelLinear) -> None:
+        """Raises ConfigError for an int8 head: an embedding has its own precision."""
+        super().__init__()
+        if head.weight_format == "int8":
+            raise ConfigError("an embedding cannot be read from an int8 head")
+        types = [*[ctypes.c_void_p] * 3, ctypes.c_int32, ctypes.c_int32]
+        _, self._call = load_kernel("linear", types, head.variant, "embedding")
+        self._head = head
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Token ids int64 [...] -> float32 [..., in_features]. Raises IndexError."""
+        ids = token_ids.contiguous()
+        out = torch.empty(*ids.shape, self._head.in_features)
+        status = self._call(
+            self._head.address,
+            ids.data_ptr(),
+            out.data_ptr(),
+            ids.numel(),
+            torch.get_num_threads(),
+        )
+        if status:
+            raise IndexError(f"token ids must be in [0, {self._head.out_features})")
+        return out
 
 
 def _norm_kind(norm: nn.Module | None) -> int:

@@ -131,6 +131,19 @@ inline Vec power_of_two(Vec x) {
     return (Vec)(scaled & (BitVec)(x >= all(-125.0f)));
 }
 
+// One bit for each lane of a comparison's outcome.
+inline uint32_t lanes_of(BitVec x) {
+#if defined(__AVX512DQ__)
+    return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)x);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; ++i) bits |= (x[i] >> 31) << i;
+    return bits;
+#endif
+}
+
 inline float largest(Vec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)x);

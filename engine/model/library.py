@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -55,11 +56,15 @@ def supported_variants(kernel: str) -> tuple[str, ...]:
 
 
 def load_kernel(
-    kernel: str, argument_types: Sequence[type], variant: str | None = None
+    kernel: str,
+    argument_types: Sequence[type],
+    variant: str | None = None,
+    function: str | None = None,
 ) -> tuple[str, Callable[..., int]]:
     """Name and function of the best variant for this machine, or of the one asked for.
 
-    argument_types: the function's, in ctypes' terms; it returns an int. Raises
+    argument_types: the function's, in ctypes' terms; it returns an int. function: another one of
+    the same kernel. Raises
     KernelUnavailableError, as supported_variants, or when the variant is not among them.
     """
     supported = supported_variants(kernel)
@@ -67,7 +72,14 @@ def load_kernel(
     if chosen not in supported:
         known = ", ".join(supported) or "none"
         raise KernelUnavailableError(f"variant {chosen!r} is not among this machine's: {known}")
-    function = load_library()[f"ropeway_{kernel}_{chosen}"]
-    function.argtypes = argument_types
-    function.restype = ctypes.c_int
-    return chosen, function
+    loaded = load_library()[f"ropeway_{function or kernel}_{chosen}"]
+    loaded.argtypes = argument_types
+    loaded.restype = ctypes.c_int
+    return chosen, loaded
+
+
+def address_of(function: Callable[..., int]) -> int:
+    """Where a function of load_kernel begins, for a kernel that calls it."""
+    address = ctypes.cast(cast(Any, function), ctypes.c_void_p).value
+    assert address is not None, "a loaded function has an address"
+    return address

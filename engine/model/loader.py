@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
@@ -61,27 +63,35 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in files]
 
 
-def _read_tensors(directory: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """All tensors as stored, by name. Names, shapes and types are checked by the headers first."""
-    found: dict[str, Tensor] = {}
+def _check_headers(directory: Path, expected: dict[str, torch.Size]) -> dict[str, Path]:
+    """The file of each tensor. Names, shapes and types are checked by the headers alone."""
+    found: dict[str, Path] = {}
     for path in _weight_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                for name in names:
+                for name in list(file.keys()):
                     _check_header(path, name, file.get_slice(name), expected, found)
-                found |= {name: file.get_tensor(name) for name in names}
+                    found[name] = path
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
     if missing := sorted(expected.keys() - found.keys()):
         raise CheckpointError(
             f"{directory}: {len(missing)} tensors are missing, first {missing[0]}"
         )
-    for name, tensor in found.items():
-        # A NaN is the least and the largest; fifty times faster than isfinite() of everything.
-        if not torch.stack(tensor.aminmax()).isfinite().all():
-            raise CheckpointError(f"{directory}: tensor {name} holds NaN or infinite values")
     return found
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor as stored. It holds the whole file mapped for as long as it lives."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+    # A NaN is the least and the largest; fifty times faster than isfinite() of everything.
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise CheckpointError(f"{path.parent}: tensor {name} holds NaN or infinite values")
+    return tensor
 
 
 def _check_header(
@@ -89,7 +99,7 @@ def _check_header(
     name: str,
     header: Any,  # safetensors' slice; the library has no type for it
     expected: dict[str, torch.Size],
-    found: dict[str, Tensor],
+    found: Collection[str],
 ) -> None:
     shape, dtype = list(header.get_shape()), header.get_dtype()
     if name not in expected:
@@ -150,19 +160,40 @@ def _served(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if name == "inv_freq" else dtype
 
 
+class _Unset(TorchFunctionMode):
+    """Leaves new parameters as they are.
+
+    The file will set them; and torch imports its whole compiler to draw normal numbers on the meta
+    device: a second, and 100 MB.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
+
+
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT2:
     """The model of a directory, in dtype, on device, ready to run. Raises CheckpointError."""
     stored = read_config(directory)
     config = replace(stored, pairing="half", rope_sign=1)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unset():
         model = GPT2(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_embeddings:
         del expected["head.weight"]
-    tensors = _read_tensors(directory, expected)
-    tensors = {
-        name: canonical(name, tensor, stored).to(device, _served(name, dtype))
-        for name, tensor in tensors.items()
+    tensors = {  # one by one, and copied: so the file does not stay in memory beside them
+        name: canonical(name, _read_tensor(path, name), stored).to(
+            device, _served(name, dtype), copy=True
+        )
+        for name, path in _check_headers(directory, expected).items()
     }
     model.load_state_dict(tensors, strict=not config.tie_embeddings, assign=True)
     if config.tie_embeddings:

@@ -6,6 +6,7 @@ residuals are part of the products, the residual stream is float32, and so are t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 from engine.config import Quantize
 from engine.errors import ConfigError
 from engine.model.attention.base import Attention
-from engine.model.cpu_linear import KernelLinear, WeightMemory
+from engine.model.attention.cpu import KernelStep
+from engine.model.cpu_linear import KernelLinear, PanelEmbedding, WeightMemory
+from engine.model.cpu_stack import KernelStack
 from engine.model.gpt2 import GPT2, Block
 from engine.model.library import KernelUnavailableError, load_kernel
 from engine.model.linear import pack
@@ -57,6 +60,26 @@ class FusedBlock(nn.Module):
         return done
 
 
+class FusedStack(nn.Module):
+    """All blocks: one call where attention is the kernel's too, else block after block."""
+
+    def __init__(self, blocks: Sequence[FusedBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self._stack = None
+        if all(isinstance(block.qk_norm, nn.Identity) for block in blocks):
+            products = [(block.qkv, block.out, block.up, block.down) for block in blocks]
+            self._stack = KernelStack(products, blocks[0].parallel)
+
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        """float32 [num_rows, hidden_size] -> the same"""
+        if self._stack is not None and isinstance(attention, KernelStep):
+            return self._stack(x, attention)
+        for block in self.blocks:
+            x = block(x, attention)
+        return x
+
+
 def fuse(model: GPT2, quantize: Quantize = "none", variant: str | None = None) -> str:
     """Replace the layers of a loaded model, in place; it can no longer be trained.
 
@@ -72,9 +95,16 @@ def fuse(model: GPT2, quantize: Quantize = "none", variant: str | None = None) -
     head = product(model.head, norm=model.norm, in_dtype=wide, out_dtype=wide)
     model.add_module("head", head)
     model.add_module("norm", nn.Identity())
-    model.add_module("embedding", WideEmbedding(model.embedding.weight.detach()))
+    tied = model.config.tie_embeddings and quantize == "none"
+    model.add_module(
+        "embedding",
+        PanelEmbedding(head) if tied else WideEmbedding(model.embedding.weight.detach()),
+    )
+    fused = []
     for layer, block in enumerate(model.blocks):  # one by one: each frees the weights it replaces
-        model.blocks[layer] = FusedBlock(cast(Block, block), product)
+        fused.append(FusedBlock(cast(Block, block), product))
+        model.blocks[layer] = nn.Identity()
+    model.blocks = nn.ModuleList([FusedStack(fused)])
     return chosen
 
 

@@ -20,7 +20,7 @@ from engine.model.attention.base import (
     check_shapes,
     score_scale,
 )
-from engine.model.library import load_kernel
+from engine.model.library import address_of, load_kernel
 from engine.model.profiles import ProfileTables
 from engine.scaling import RopeScaling
 
@@ -116,7 +116,11 @@ class CPUBackend(AttentionBackend):
             )
             for keys, values, rows in zip(cache.keys, cache.values, self._rows, strict=True)
         ]
-        self._addresses = [ctypes.addressof(layer) for layer in self._layers]
+        self._addresses = (ctypes.c_void_p * len(self._layers))(
+            *(ctypes.addressof(layer) for layer in self._layers)
+        )
+        self.layers_address = ctypes.addressof(self._addresses)
+        self.function_address = address_of(self._attend)
 
     def attend(self, layer: int, step: int, qkv: int, out: int) -> int:
         """Call the kernel with the addresses of a step and of two tensors; returns its status."""
@@ -141,10 +145,10 @@ class CPUBackend(AttentionBackend):
 
     def bind(self, metadata: AttentionMetadata) -> Attention:
         """The attention of one step: addresses are taken once, for all layers."""
-        return _KernelStep(self, metadata)
+        return KernelStep(self, metadata)
 
 
-class _KernelStep:
+class KernelStep:
     """One step of the compiled kernel; keeps the metadata alive while it holds their addresses."""
 
     def __init__(self, backend: CPUBackend, metadata: AttentionMetadata) -> None:
@@ -166,13 +170,17 @@ class _KernelStep:
                 )
         addresses = (tensor.data_ptr() for tensor, _, _ in tensors.values())
         self._step = _Step(*addresses, num_rows, num_seqs, max_blocks, torch.get_num_threads())
-        self._address = ctypes.addressof(self._step)
+        self.address = ctypes.addressof(self._step)
+        self.layers_address = backend.layers_address
+        self.function_address = backend.function_address
+        self.num_rows, self.dtype = num_rows, backend.dtype
         self._metadata = metadata
         self._backend = backend
         self._in_shape = (num_rows, 3 * backend.config.hidden_size)
         self._out_shape = (num_rows, backend.config.hidden_size)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See Attention."""
         backend = self._backend
         if qkv.dtype != backend.dtype or qkv.shape != self._in_shape or not qkv.is_contiguous():
             raise ValueError(
@@ -180,9 +188,13 @@ class _KernelStep:
                 f"got {qkv.dtype} {tuple(qkv.shape)}"
             )
         out = qkv.new_empty(self._out_shape)
-        status = backend.attend(layer, self._address, qkv.data_ptr(), out.data_ptr())
+        self.check(backend.attend(layer, self.address, qkv.data_ptr(), out.data_ptr()))
+        return out
+
+    @staticmethod
+    def check(status: int) -> None:
+        """Raise what a kernel's status means: ValueError or MemoryError, nothing for 0."""
         if status == OUT_OF_MEMORY:
-            raise MemoryError("no memory for the scratch space of attention")
+            raise MemoryError("no memory for the scratch space of a step")
         if status:
             raise ValueError("the metadata point outside the cache or the rotary tables")
-        return out

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.execution.sampler import NUCLEUS_TOKENS, Sampler, nucleus_threshold, philox, uniforms
+from engine.execution.sampler import Sampler
 from engine.request import Request, SamplingParams
 
 VOCAB = 12
@@ -48,42 +48,6 @@ def assert_distribution(counts: np.ndarray, expected: np.ndarray) -> None:
     if kept.sum() == 1:
         return
     assert stats.chisquare(counts[kept], expected[kept] * counts.sum()).pvalue > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [  # known answers published with Random123
-        (
-            (0, 0, 0, 0),
-            (0, 0),
-            (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
-        ),
-        (
-            (0xFFFFFFFF,) * 4,
-            (0xFFFFFFFF,) * 2,
-            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        ),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    words = philox(np.array([counter], np.uint64).T, np.array([key], np.uint64).T)
-    assert tuple(words[:, 0].tolist()) == expected
-
-
-def test_uniforms_are_uniform_and_keyed() -> None:
-    params = SamplingParams()
-    many = uniforms([request(params, seed=seed) for seed in range(20_000)])
-    assert stats.kstest(many, "uniform").pvalue > 1e-4
-    along = uniforms([request(params, seed=1, index=index) for index in range(300)])
-    assert stats.kstest(along, "uniform").pvalue > 1e-4
-    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (2**63, 0, 0)]
-    numbers = uniforms([request(params, seed=s, index=i, choice=c) for s, i, c in keys])
-    assert len(set(numbers)) == len(keys)
 
 
 def test_temperature() -> None:
@@ -208,19 +172,6 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
         for row in range(rows)
     ]
     assert together == alone
-
-
-@pytest.mark.parametrize("temperature", [0.5, 5.0, 1e6])
-def test_the_nucleus_is_that_of_a_full_sort(temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 4 * NUCLEUS_TOKENS, generator=generator) * 3
-    probabilities = (logits / temperature).softmax(dim=-1)
-    enough = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.999999, 1.0], dtype=torch.float64)
-    expected = []
-    for row, share in zip(probabilities.double().numpy(), enough.tolist(), strict=True):
-        ordered = np.sort(row)[::-1]
-        expected.append(ordered[min(np.searchsorted(ordered.cumsum(), share), len(row) - 1)])
-    assert nucleus_threshold(probabilities, enough)[:, 0].tolist() == expected
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:

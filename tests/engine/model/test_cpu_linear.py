@@ -16,6 +16,7 @@ from engine.model.cpu_linear import (
     MAX_INT8_FEATURES,
     Format,
     KernelLinear,
+    PanelEmbedding,
     WeightMemory,
     quantize_rows,
     to_panels,
@@ -272,3 +273,23 @@ def test_memory_gives_every_tensor_its_own_place() -> None:
     copies = [memory.copy(tensor) for tensor in tensors]
     assert all(torch.equal(a, b) for a, b in zip(copies, tensors, strict=True))
     assert all(each.data_ptr() % 64 == 0 for each in copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 64, 320])
+def test_an_embedding_is_read_from_the_panels(variant: str, dtype: torch.dtype, width: int) -> None:
+    linear = _linear(width, 150, dtype)
+    head = KernelLinear(linear, WeightMemory(), variant=variant)
+    ids = torch.tensor([[0, 149, 63], [64, 0, 127]])
+    assert torch.equal(PanelEmbedding(head)(ids), linear.weight[ids].float())
+    for wrong in (-1, 150):
+        with pytest.raises(IndexError, match=r"token ids must be in \[0, 150\)"):
+            PanelEmbedding(head)(torch.tensor([1, wrong]))
+
+
+def test_no_embedding_is_read_from_int8(variant: str) -> None:
+    head = KernelLinear(
+        _linear(32, 40, torch.float32), WeightMemory(), weight_format="int8", variant=variant
+    )
+    with pytest.raises(ConfigError, match="int8"):
+        PanelEmbedding(head)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,3 +210,13 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_config_round_trip() -> None:
     config = tiny_config(pairing="interleaved", rope_base=500.0)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_loading_imports_no_compiler(tiny_model_dir: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from engine.model.loader import load_model; "
+        f"load_model(Path({str(tiny_model_dir)!r}), torch.float32); "
+        "print([name for name in ('torch._dynamo', 'sympy', 'triton') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"

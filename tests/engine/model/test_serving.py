@@ -12,8 +12,9 @@ from torch import nn
 from engine.errors import ConfigError
 from engine.model import library
 from engine.model.attention.reference import NaiveAttention
+from engine.model.cpu_linear import PanelEmbedding
 from engine.model.rope import RotaryTable
-from engine.model.serving import FusedBlock, fuse, prepare
+from engine.model.serving import FusedStack, fuse, prepare
 from tests.engine.model.test_exactness import SWITCHES
 from tests.models import random_model, tiny_config
 
@@ -37,7 +38,7 @@ def test_a_fused_model_computes_the_same(
     expected = copy.deepcopy(model).double()
     reference = expected.logits(expected(token_ids, attention))
     fuse(model, quantize)  # type: ignore[arg-type]
-    assert all(isinstance(block, FusedBlock) for block in model.blocks)
+    assert [type(each) for each in model.blocks] == [FusedStack]
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     actual = model.logits(model(token_ids, attention))
     assert actual.dtype == torch.float32
@@ -62,3 +63,14 @@ def test_the_products_are_named() -> None:
     best = library.supported_variants("linear")[0]
     assert prepare(random_model(tiny_config())) == f"cpu-{best}"
     assert prepare(random_model(tiny_config()), "int8") == f"cpu-{best}, int8"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_a_tied_weight_is_held_once(tied: bool, quantize: str) -> None:
+    model = random_model(tiny_config(tie_embeddings=tied))
+    expected = model.embedding.weight.detach().clone()
+    fuse(model, quantize)  # type: ignore[arg-type]  # parametrised
+    shared = isinstance(model.embedding, PanelEmbedding)
+    assert shared == (tied and quantize == "none")
+    assert torch.equal(model.embedding(torch.arange(len(expected))), expected)

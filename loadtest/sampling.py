@@ -1,0 +1,80 @@
+"""`python -m loadtest.sampling`: from logits to tokens, by the kernel beside torch, as JSON.
+
+The two take turns in one process, so that whatever else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from engine.execution.cpu_draw import KernelDraw
+from engine.execution.draw import Draw, draw
+from engine.request import Request, SamplingParams
+from loadtest.figures import spread
+
+CASES: dict[str, SamplingParams] = {
+    "temperature 1": SamplingParams(),
+    "top_k 40": SamplingParams(temperature=0.8, top_k=40),
+    "top_p 0.9": SamplingParams(temperature=0.8, top_p=0.9),
+    "min_p 0.05": SamplingParams(temperature=0.8, min_p=0.05),
+    "top_k 40, top_p 0.95": SamplingParams(temperature=0.8, top_k=40, top_p=0.95),
+}
+
+
+def measure(
+    params: SamplingParams, num_rows: int, vocab_size: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds for all rows, by each way of drawing."""
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    requests = [
+        Request(str(row), [0], params, seed=row, max_tokens=1, stop_token_ids=frozenset())
+        for row in range(num_rows)
+    ]
+    ways: dict[str, Draw] = {"kernel_ms": KernelDraw(), "torch_ms": draw}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            passed = 1000 * _seconds(lambda: way(logits, range(num_rows), requests))  # noqa: B023  # called at once
+            if repeat:  # the first one warms up
+                times[name].append(passed)
+    return {name: spread(values, 3) for name, values in times.items()}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main(
+    rows: Annotated[str, typer.Option(help="Numbers of rows, with commas.")] = "1,32",
+    vocab_size: Annotated[int, typer.Option(help="Logits of a row.", min=2)] = 50257,
+    repeats: Annotated[int, typer.Option(help="Samples of each; the median counts.", min=1)] = 9,
+    threads: Annotated[int, typer.Option(help="Threads of both.", min=1)] = 2,
+) -> None:
+    """Time the drawing of one token for each row of random logits (normal, deviation 3)."""
+    torch.set_num_threads(threads)
+    results: list[dict[str, Any]] = [
+        {"case": name, "rows": count, **measure(params, count, vocab_size, repeats)}
+        for count in map(int, rows.split(","))
+        for name, params in CASES.items()
+    ]
+    document = {
+        "command": "sampling",
+        "torch_version": torch.__version__,
+        "threads": threads,
+        "vocab_size": vocab_size,
+        "repeats": repeats,
+        "results": results,
+    }
+    print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
