@@ -167,7 +167,7 @@ def engine_ahead(
 
 
 def random_request(rng: random.Random, name: str, pages: int) -> AddRequest:
-    """Of every kind: for the device, for the host, shifted, scored, in another rotation."""
+    """Of every kind: for the device, for the host, shifted, scored, in another rotation, alone."""
     capacity = min(CONFIG.max_position, pages * SIZE)
     prompt = [rng.randrange(EOS) for _ in range(rng.choice([1, 3, 15, 16, 17, 40, 90]))]
     prompt = prompt[: capacity - 1]
@@ -178,7 +178,8 @@ def random_request(rng: random.Random, name: str, pages: int) -> AddRequest:
             [{"logprobs": 2}, {"frequency_penalty": 0.4}, {"logit_bias": {7: 5.0}}]
         )
     if kind == "rope":
-        changes = {"rope": RopeScaling(type=rng.choice(["linear", "dynamic"]), factor=2.0)}
+        dynamic = RopeScaling(type="dynamic", factor=2.0, original_context=32)  # computed anew
+        changes = {"rope": rng.choice([RopeScaling(type="linear", factor=2.0), dynamic, dynamic])}
     if kind == "grammar" and GRAMMARS:
         changes = {"grammar": Grammar("regex", "[a-z]{5,20}")}
     max_tokens = min(rng.randrange(1, 60), capacity + 1 - len(prompt))
@@ -199,6 +200,7 @@ def random_request(rng: random.Random, name: str, pages: int) -> AddRequest:
         window=window,
         targets=Targets(0, prompt) if kind == "scored" else None,
         choice=rng.randrange(2),
+        suspect=rng.random() < 0.1,
     )
 
 
@@ -295,6 +297,19 @@ def test_what_comes_after_the_end_is_dropped(
     alone = drive(plain_engine(tiny_model_dir, 60, SchedulerConfig()), {0: [request("b", 30)]}, {})
     assert told(got["b"]) == told(alone["b"])
     assert engine.stats.blocks_free == engine.stats.blocks_total
+
+
+def test_a_name_may_be_anothers_at_once(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Aborted and added again between two steps, while a token of the first one is computed."""
+    engine, _ = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
+    engine.add(request("a", 40))
+    engine.step()
+    engine.abort("a")
+    got = drive(engine, {0: [request("a", 20, prompt=33)]}, {})["a"]
+    plain = plain_engine(tiny_model_dir, 60, SchedulerConfig())
+    assert told(got) == told(drive(plain, {0: [request("a", 20, prompt=33)]}, {})["a"])
 
 
 def test_rows_that_need_the_host_leave_the_others_in_the_graph(
