@@ -271,7 +271,7 @@ class EngineCore:
             self._journal.begin(computed, alone=step.alone and len(computed) == len(names))
         result = self._runner.execute(step)
         if self._journal is not None:  # what the runner has begun already, if it does that
-            self._journal.begin(list(self._runner.ahead), alone=step.alone)
+            self._journal.begin(list(self._runner.ahead), alone=False)
         return self._scheduler.update(step, result)
 
 

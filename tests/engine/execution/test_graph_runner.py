@@ -366,8 +366,10 @@ def test_the_journal_names_what_runs_ahead(
         journal.begin(["a"], alone=False)
         engine.step()
         assert seen == [(["s", "a"], [])]  # the suspect's step, but a's is still running
+        assert left() == (["s"], [])  # it came further, and its next token is computed
+        journal.begin(["s"], alone=True)
         engine.step()
-        assert engine.stats.running == 2
+        assert sorted(seen[1][0]) == ["a", "s"]
 
 
 def _fields(message: AddRequest) -> dict[str, object]:
