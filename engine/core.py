@@ -17,8 +17,9 @@ from engine.config import CacheConfig, DType, EngineConfig, ModelConfig, Schedul
 from engine.errors import ConfigError, RopewayError
 from engine.execution.journal import StepJournal
 from engine.execution.masks import GrammarMasks
-from engine.execution.runner import InputBatch, ModelRunner
+from engine.execution.runner import InputBatch
 from engine.execution.sampler import Sampler
+from engine.execution.select import select_runner
 from engine.frontend.tokenizer import Tokenizer
 from engine.grammar import INSTALLED as GRAMMARS
 from engine.grammar import Vocabulary
@@ -192,17 +193,21 @@ class EngineCore:
         backend = select_backend(model.config, tables, cache)
         backend.put_profile(OWN, rope.in_force(1, context), block_size)
         self._pool = BlockPool(num_blocks, block_size)
-        profiles = ProfileRows(rope, context, config.scheduler.max_profiles)
-        shared = SharedPrefixes([each.token_ids for each in prefixes], block_size)
-        self._scheduler = Scheduler(config.scheduler, self._pool, profiles=profiles, shared=shared)
         max_blocks = self._pool.blocks_for(rope.context(context))
         batch = InputBatch(config.scheduler.max_num_seqs, min(max_blocks, num_blocks))
         masks = None
         if GRAMMARS:
             masks = GrammarMasks(partial(grammar_vocabulary, directory, model_config.eos_token_id))
         sampler = Sampler(model_config.vocab_size, unsampled, masks)
-        self._runner = ModelRunner(model, backend, sampler, batch)
+        self._runner = select_runner(model, backend, sampler, batch, unsampled)
         self._runner.warm_up((1, 2, 8, 64))
+        self._scheduler = Scheduler(
+            config.scheduler,
+            self._pool,
+            profiles=ProfileRows(rope, context, config.scheduler.max_profiles),
+            shared=SharedPrefixes([each.token_ids for each in prefixes], block_size),
+            look_ahead=self._runner.looks_ahead,
+        )
         self.ready = EngineReady(
             model=directory.resolve().name,
             num_parameters=num_parameters,
@@ -210,6 +215,7 @@ class EngineCore:
             dtype=str(dtype).removeprefix("torch."),
             attention=backend.name,
             products=products,
+            graphs=self._runner.name,
             num_blocks=num_blocks,
             block_size=block_size,
             kv_bytes=num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype),
@@ -265,11 +271,12 @@ class EngineCore:
         """Schedule, execute, update."""
         step = self._scheduler.schedule()
         if self._journal is not None and step.scheduled:
-            request_ids = [item.request.request_id for item in step.scheduled]
-            self._journal.begin(request_ids, alone=step.alone)
+            names = [item.request.request_id for item in step.scheduled]
+            computed = list(dict.fromkeys([*names, *self._runner.ahead]))
+            self._journal.begin(computed, alone=step.alone and len(computed) == len(names))
         result = self._runner.execute(step)
-        if self._journal is not None:
-            self._journal.end()
+        if self._journal is not None:  # what the runner has begun already, if it does that
+            self._journal.begin(list(self._runner.ahead), alone=False)
         return self._scheduler.update(step, result)
 
 

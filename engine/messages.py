@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -116,7 +117,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Core to frontend: the model is loaded and can serve; the sizes that were settled.
 
     max_position: the trained context; rope: the model's own scaling of it; max_profiles: how many
-    rotations can be in force at once, that one among them.
+    rotations can be in force at once, that one among them. graphs: of decode steps on CUDA, a line
+    for people.
 
     suspects: requests that the engine process before this one computed when it died; poisoned: one
     that was a suspect already, and was computed alone.
@@ -128,6 +130,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: str
     attention: str
     products: str
+    graphs: str = ""
     num_blocks: int
     block_size: int
     kv_bytes: int
@@ -154,8 +157,7 @@ ToCore = AddRequest | AbortRequest | Hello
 FromCore = StepOutput | EngineReady
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """Compute tokens start .. start + num_tokens - 1 of a request in this step.
 
     position: where the first of them stands; behind start by the pages that were dropped.
@@ -193,8 +195,7 @@ class SchedulerOutput:
     profiles: Sequence[ProfileRow] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """What the sampler chose for one request.
 
     ended: its grammar lets nothing follow; error: why there is no token.

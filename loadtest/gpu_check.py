@@ -4,9 +4,10 @@
     TRITON_INTERPRET=1 python -m loadtest.gpu_check --interpret
 
 from the root of the checkout, where PyTorch >= 2.11 for CUDA, Triton >= 3.6, numpy and safetensors
-are installed; nothing else is imported (transformers, where it is there, to compare with). The
-second way tries the correctness half on a CPU, a little of it. Progress and tables go to standard
-error, one JSON document to standard output. Exits with 1 if a check does not hold.
+are installed; nothing else is needed (msgspec is taken where it is there, and transformers, to
+compare with). The second way tries a little of everything on a CPU, at toy sizes: its figures mean
+nothing. Progress and tables go to standard error, one JSON document to standard output. Exits with
+1 if a check does not hold.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,6 @@ import torch
 import triton
 from triton import knobs
 
-from engine.execution.cuda_graphs import CudaRecorder
-from loadtest.gpu_benchmark import measure_all
-from loadtest.gpu_correctness import SMALL, Scale, check_all
 from loadtest.gpu_report import Report
 
 
@@ -47,6 +46,14 @@ def about() -> dict[str, Any]:
     }
 
 
+def provide_structs() -> None:
+    """Let the engine find its structs where msgspec is not installed."""
+    try:
+        import_module("msgspec")
+    except ImportError:
+        sys.modules["msgspec"] = import_module("loadtest.plain_structs")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Check, measure, report."""
     parser = argparse.ArgumentParser(
@@ -61,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--interpret",
         action="store_true",
-        help="a little of the correctness half on the CPU, under Triton's interpreter",
+        help="a little of everything on the CPU, under Triton's interpreter",
     )
     options = parser.parse_args(arguments)
     if options.interpret != bool(knobs.runtime.interpret):
@@ -74,14 +81,28 @@ def main(arguments: list[str] | None = None) -> int:
         batches = [0]
     if min(batches) < 1 or options.repeats < 1:
         parser.error("--batches and --repeats must be numbers from 1")
+    provide_structs()
+    scale, engine, graphs, kernels, tokens, stands, benchmark = (
+        import_module(name)
+        for name in (
+            "loadtest.gpu_scale",
+            "loadtest.gpu_engine",
+            "engine.execution.cuda_graphs",
+            "loadtest.gpu_kernels",
+            "loadtest.gpu_tokens",
+            "loadtest.gpu_stand",
+            "loadtest.gpu_benchmark",
+        )
+    )
+    make_recorder = engine.Again if options.interpret else graphs.CudaRecorder
     report = Report(about(), options.only)
     if not options.no_checks:
-        if options.interpret:
-            check_all(report, SMALL, lambda work: work)
-        else:
-            check_all(report, Scale(device="cuda"), CudaRecorder())
-    if not options.no_benchmark and not options.interpret:
-        measure_all(report, options.repeats, batches)
+        size = scale.SMALL if options.interpret else scale.Scale(device="cuda")
+        kernels.check_kernels(report, size)
+        tokens.check_tokens(report, size, make_recorder)
+    if not options.no_benchmark:
+        stand = stands.TOY if options.interpret else stands.on_gpu(options.repeats, batches)
+        benchmark.measure_all(report, stand)
     report.close(options.json)
     return 1 if report.failed else 0
 

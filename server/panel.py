@@ -70,6 +70,7 @@ def show(
         ("device", f"{ready.device}, {ready.dtype}, {ready.threads} threads"),
         ("products", ready.products),
         ("attention", ready.attention),
+        *([("graphs", ready.graphs)] if ready.graphs else []),
         ("cache", cache_line(ready)),
         ("step", f"{ready.max_num_seqs:,} sequences, {ready.max_num_batched_tokens:,} tokens"),
         *(("shared", shared_line(each, ready.block_size)) for each in prefixes),

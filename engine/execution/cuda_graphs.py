@@ -3,22 +3,25 @@
 A step costs the device little and the host much: hundreds of launches. A graph is one. It reads and
 writes fixed addresses, so what changes between steps (tokens, positions, block tables, sampling
 parameters) is state on the device: the step itself moves it forward, and the host writes only what
-it alone knows, such as a new row or a new page. The host reads the tokens of a step while the next
-one runs.
+it alone knows, such as a new row or a new page.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from heapq import heappop, heappush
+from time import monotonic
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.execution.device_sampler import DeviceSampler, SamplingTensors
+from engine.execution.kernels import step as kernels
+from engine.execution.transfer import upload
 from engine.model.attention.base import AttentionBackend, AttentionMetadata
 from engine.model.gpt2 import GPT2
 
@@ -34,21 +37,27 @@ class DecodeState:
 
     token_ids int64    the last token, whose successor comes next
     positions int32    where it stands
-    block_tables, bases int32, num_blocks int32   its pages; 0 of them: nobody is there
+    block_tables int32, num_blocks int32   its pages; 0 of them: nobody is there
+    bases int32        of pages: always their place in the table times the block size
     profiles int32     its rotation
     sampling           see SamplingTensors
     sampled int32      what the last step gave; NOT_RUN or -1 (logits not finite) for no token
     """
 
-    def __init__(self, max_rows: int, max_blocks: int, device: torch.device | str) -> None:
+    def __init__(
+        self, max_rows: int, max_blocks: int, block_size: int, device: torch.device | str
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.max_rows = max_rows
+        self.max_blocks = max_blocks
+        self.block_size = block_size
         self.token_ids = zeros(max_rows, dtype=torch.int64)
         self.positions = zeros(max_rows)
         self.block_tables = zeros(max_rows, max_blocks)
-        self.bases = zeros(max_rows, max_blocks)
+        places = torch.arange(max_blocks, dtype=torch.int32, device=device)
+        self.bases = (places * block_size).repeat(max_rows, 1)
         self.num_blocks = zeros(max_rows)
         self.profiles = zeros(max_rows)
         self.sampled = zeros(max_rows)
@@ -58,30 +67,38 @@ class DecodeState:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the host may write, by name."""
-        own = ("token_ids", "positions", "block_tables", "bases", "num_blocks", "profiles")
-        sampling = {each.name: getattr(self.sampling, each.name) for each in fields(self.sampling)}
-        return {name: getattr(self, name) for name in own} | sampling
+        own = ("token_ids", "positions", "block_tables", "num_blocks", "profiles")
+        return {name: getattr(self, name) for name in own} | vars(self.sampling)
 
     def take(self) -> int:
         """The lowest free row, so that few buckets are enough. IndexError where all are taken."""
         return heappop(self._free)
 
-    def put(self, rows: Sequence[int], values: Mapping[str, Tensor]) -> None:
+    def put(self, rows: Sequence[int], values: Mapping[str, NDArray[np.generic]]) -> Tensor:
         """Write some rows of the tensors named, [len(rows), ...]; a table may be narrower than the
-        state's. In the order of the device's other work."""
-        device = self.token_ids.device
-        at = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        state's. In the order of the device's other work; returns rows int64, on the device."""
+        numbers = np.array(rows, np.int64)
+        at, *contents = upload([numbers, *values.values()], self.token_ids.device)
         tensors = self.tensors
-        for name, value in values.items():
+        for name, content in zip(values, contents, strict=True):
             target = tensors[name]
-            if value.ndim == 2:
-                target = target[:, : value.shape[1]]
-            target[at] = value.to(device, target.dtype, non_blocking=True)
+            if content.ndim == 2:
+                target = target[:, : content.shape[1]]
+            target[at] = content.to(target.dtype)
+        return at
+
+    def put_tables(self, rows: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
+        """Write the pages of some rows, as they are now."""
+        counts = [len(table) for table in tables]
+        blocks = np.zeros((len(rows), max(counts)), np.int32)
+        for line, table in zip(blocks, tables, strict=True):
+            line[: len(table)] = table
+        self.put(rows, {"num_blocks": np.array(counts, np.int32), "block_tables": blocks})
 
     def release(self, rows: Sequence[int]) -> None:
         """Nobody is in these rows any more."""
         if rows:
-            self.put(rows, {"num_blocks": torch.zeros(len(rows), dtype=torch.int32)})
+            self.put(rows, {"num_blocks": np.zeros(len(rows), np.int32)})
         for row in rows:
             heappush(self._free, row)
 
@@ -101,37 +118,48 @@ class DecodeStep:
         self._state = state
         device = state.token_ids.device
         self._starts = torch.arange(state.max_rows + 1, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(state.max_rows, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(state.max_rows, dtype=torch.int32, device=device)
 
     def __call__(self, num_rows: int) -> None:
         """Compute the first num_rows rows, without a word to the host."""
-        state, size = self._state, self._backend.cache.block_size
-        positions, tables = state.positions[:num_rows], state.block_tables[:num_rows]
-        present = positions < state.num_blocks[:num_rows] * size
-        page = (positions // size).clamp(max=tables.shape[1] - 1)  # beyond it nobody is present
-        block = tables.gather(1, page.long()[:, None])[:, 0].long()
+        state = self._state
+        kernels.begin[(num_rows,)](
+            state.positions,
+            state.block_tables,
+            state.num_blocks,
+            self._slots,
+            self._counts,
+            state.max_blocks,
+            block_size=state.block_size,
+            num_warps=1,
+        )
         metadata = AttentionMetadata(
             query_start=self._starts[: num_rows + 1],
-            positions=positions,
-            slot_mapping=torch.where(present, block * size + positions % size, -1),
-            block_tables=tables,
+            positions=state.positions[:num_rows],
+            slot_mapping=self._slots[:num_rows],
+            block_tables=state.block_tables[:num_rows],
             bases=state.bases[:num_rows],
-            num_blocks=torch.where(present, state.num_blocks[:num_rows], 0),
+            num_blocks=self._counts[:num_rows],
             profiles=state.profiles[:num_rows],
         )
-        token_ids = state.token_ids[:num_rows]
-        hidden = self._model(token_ids, self._backend.bind(metadata))
-        sampled = state.sampled[:num_rows]
-        sampling = SamplingTensors(
-            **{
-                each.name: getattr(state.sampling, each.name)[:num_rows]
-                for each in fields(SamplingTensors)
-            }
+        hidden = self._model(state.token_ids[:num_rows], self._backend.bind(metadata))
+        self._sampler.sample(
+            self._model.logits(hidden),
+            SamplingTensors(
+                **{name: each[:num_rows] for name, each in vars(state.sampling).items()}
+            ),
+            state.sampled[:num_rows],
         )
-        self._sampler.sample(self._model.logits(hidden), sampling, sampled)
-        token_ids.copy_(torch.where(present, sampled.clamp(min=0).long(), token_ids))
-        sampled.masked_fill_(~present, NOT_RUN)
-        positions.add_(present)
-        sampling.index.add_(present)
+        kernels.advance[(num_rows,)](
+            self._counts,
+            state.sampled,
+            state.token_ids,
+            state.positions,
+            state.sampling.index,
+            not_run=NOT_RUN,
+            num_warps=1,
+        )
 
 
 class Recorder(Protocol):
@@ -139,6 +167,10 @@ class Recorder(Protocol):
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record work that ran before; returns what runs it again."""
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes of the device that nobody has."""
         ...
 
 
@@ -150,15 +182,21 @@ class CudaRecorder:
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Recorder."""
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread's calls are watched: another may find a grammar's masks meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
+    @staticmethod
+    def free_memory() -> int:
+        """Bytes of the device that nobody has."""
+        free, _ = torch.cuda.mem_get_info()
+        return free
+
 
 class DecodeGraphs:
-    """A graph for each bucket, recorded when it is first needed."""
+    """A graph for each bucket, recorded when it is first needed, or before."""
 
     def __init__(
         self,
@@ -173,6 +211,12 @@ class DecodeGraphs:
         self._recorder = recorder
         self.buckets = [each for each in buckets if each < state.max_rows] + [state.max_rows]
         self._replays: dict[int, Callable[[], None]] = {}
+        self.memory = 0
+
+    @property
+    def num_recorded(self) -> int:
+        """How many graphs there are."""
+        return len(self._replays)
 
     def bucket(self, num_rows: int) -> int:
         """The smallest bucket that holds the first num_rows rows."""
@@ -182,58 +226,25 @@ class DecodeGraphs:
         """Run a step over the first num_rows rows, num_rows from 1 to the state's size."""
         bucket = self.bucket(num_rows)
         if bucket not in self._replays:
-            self._replays[bucket] = self._record(bucket)
+            self._record(bucket)
         self._replays[bucket]()
 
-    def _record(self, bucket: int) -> Callable[[], None]:
+    def record_ahead(self, seconds: float, clock: Callable[[], float] = monotonic) -> None:
+        """Record graphs until so much time is over, small ones first, one in any case. The others
+        are recorded when they are first needed."""
+        end = clock() + seconds
+        for bucket in self.buckets:
+            if bucket not in self._replays:
+                self._record(bucket)
+            if clock() >= end:
+                break
+
+    def _record(self, bucket: int) -> None:
         """Run the work once, for what it compiles, with nobody in the rows: nothing is changed."""
+        before = self._recorder.free_memory()
         counts = self._state.num_blocks.clone()
         self._state.num_blocks.zero_()
         self._step(bucket)
         self._state.num_blocks.copy_(counts)
-        return self._recorder(lambda: self._step(bucket))
-
-
-@dataclass(frozen=True)
-class PendingTokens:
-    """Tokens on their way to the host."""
-
-    _buffer: Tensor
-    _arrived: torch.cuda.Event | None
-
-    def read(self) -> list[int]:
-        """Wait for the step, not for the one after it. FloatingPointError where logits were not
-        finite: no token would be right."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        tokens: list[int] = self._buffer.tolist()
-        if -1 in tokens:
-            raise FloatingPointError("the model's logits are not finite")
-        return tokens
-
-
-class TokenReader:
-    """Copies the tokens of a step into pinned memory. Two buffers: while one step's tokens are
-    read, the next one's may arrive."""
-
-    def __init__(self, state: DecodeState) -> None:
-        self._state = state
-        self._cuda = state.sampled.is_cuda
-        self._buffers = [
-            torch.zeros(state.max_rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(2)
-        ]
-        self._turn = 0
-
-    def start(self, num_rows: int) -> PendingTokens:
-        """After a launch: what its first num_rows rows gave, before another launch writes there.
-
-        The one before the last must have been read.
-        """
-        self._turn = 1 - self._turn
-        buffer = self._buffers[self._turn][:num_rows]
-        buffer.copy_(self._state.sampled[:num_rows], non_blocking=True)
-        if not self._cuda:
-            return PendingTokens(buffer, None)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here
-        arrived.record()
-        return PendingTokens(buffer, arrived)
+        self._replays[bucket] = self._recorder(lambda: self._step(bucket))
+        self.memory += max(0, before - self._recorder.free_memory())

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.execution.kernels import sampling as kernels
+from engine.execution.sampler import changes_logits
+from engine.request import Request
 
 BLOCK = 4096
 """Logits that a program reads at once."""
@@ -46,6 +50,25 @@ class SamplingTensors:
             index=full(0, torch.int32),
             choice=full(0, torch.int32),
         )
+
+    @staticmethod
+    def of(requests: Sequence[Request]) -> dict[str, NDArray[np.generic]]:
+        """The values for the next token of each request, by name."""
+        params = [request.params for request in requests]
+        return {
+            "temperature": np.array([each.temperature for each in params], np.float32),
+            "top_k": np.array([each.top_k for each in params], np.int32),
+            "top_p": np.array([each.top_p for each in params], np.float64),
+            "min_p": np.array([each.min_p for each in params], np.float32),
+            "seed": np.array([each.seed for each in requests], np.uint64).view(np.int64),
+            "index": np.array([each.num_output_tokens for each in requests], np.int32),
+            "choice": np.array([each.choice for each in requests], np.int32),
+        }
+
+
+def samples_on_device(request: Request) -> bool:
+    """Whether its tokens need nothing of the host; the same for all of them."""
+    return request.params.logprobs is None and not changes_logits(request)
 
 
 class DeviceSampler:

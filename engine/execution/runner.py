@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.execution.sampler import Sampler
+from engine.execution.transfer import upload
 from engine.messages import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 from engine.model.attention.base import AttentionBackend, AttentionMetadata
 from engine.model.gpt2 import GPT2
@@ -68,8 +70,37 @@ class InputBatch:
         self.bases = np.pad(self.bases, ((0, 0), (0, more)))
 
 
-class ModelRunner:
+class Runner(Protocol):
     """Executes SchedulerOutputs, one after the other."""
+
+    looks_ahead: bool
+    """Whether it begins a step before the scheduler has asked for it, where there are pages."""
+
+    @property
+    def name(self) -> str:
+        """How, as a line for people; empty for the plain way."""
+        ...
+
+    @property
+    def ahead(self) -> Collection[str]:
+        """The requests whose next token is being computed already."""
+        ...
+
+    def warm_up(self, num_rows: Sequence[int]) -> None:
+        """Do what is slow the first time, for steps of so many rows."""
+        ...
+
+    def execute(self, step: SchedulerOutput) -> StepResult:
+        """Compute the step's tokens, sample behind the last known ones, score what is to be."""
+        ...
+
+
+class ModelRunner:
+    """A step from its inputs to its tokens: the host waits for the network and samples."""
+
+    name = ""
+    looks_ahead = False
+    ahead: Collection[str] = ()
 
     def __init__(
         self,
@@ -78,36 +109,43 @@ class ModelRunner:
         sampler: Sampler,
         batch: InputBatch,
     ) -> None:
-        self._model = model
+        self.model = model
+        self.sampler = sampler
         self._backend = backend
-        self._sampler = sampler
         self._batch = batch
         self._block_size = backend.cache.block_size
         self._device = backend.cache.keys[0].device
 
-    def execute(self, step: SchedulerOutput) -> StepResult:
-        """Compute the step's tokens, sample behind the last known ones, score what is to be."""
+    def begin(self, step: SchedulerOutput) -> None:
+        """Forget what is released, and put the rotations that the step needs."""
         self._batch.release(step.released)
         for request_id in step.released:
-            self._sampler.forget(request_id)
+            self.sampler.forget(request_id)
         for each in step.profiles:
             self._backend.put_profile(each.row, each.scaling, each.num_positions)
+
+    def execute(self, step: SchedulerOutput) -> StepResult:
+        """See Runner."""
+        self.begin(step)
         if not step.scheduled:
             return StepResult([])
-        token_ids, metadata = self._inputs(step.scheduled)
-        sampling = [at for at, item in enumerate(step.scheduled) if item.samples]
-        requests = [step.scheduled[at].request for at in sampling]
-        self._sampler.prepare(requests)
+        requests = [item.request for item in step.scheduled if item.samples]
+        self.sampler.prepare(requests)
         with torch.inference_mode():
-            hidden = self._model(token_ids, self._backend.bind(metadata))
-            scores = self._scores(step.scheduled, hidden)
-            if not sampling:
+            hidden, last = self.forward(step.scheduled)
+            scores = self.scores(step.scheduled, hidden)
+            if not requests:
                 return StepResult([], scores)
-            last = metadata.query_start[1:][sampling] - 1
-            logits = self._model.logits(hidden[last]).float().cpu()
-            return StepResult(self._sampler.sample(logits, requests), scores)
+            logits = self.model.logits(hidden[last]).float().cpu()
+            return StepResult(self.sampler.sample(logits, requests), scores)
 
-    def _scores(
+    def forward(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor]:
+        """Hidden states of all their rows, in order, and the numbers of the rows behind which a
+        token is sampled."""
+        token_ids, last, metadata = self._inputs(scheduled)
+        return self.model(token_ids, self._backend.bind(metadata)), last
+
+    def scores(
         self, scheduled: Sequence[ScheduledRequest], hidden: Tensor
     ) -> dict[str, list[TokenLogprobs]]:
         """The targets behind the tokens of this step, by request id."""
@@ -116,9 +154,9 @@ class ModelRunner:
         for item in scheduled:
             for row, token_ids in _targets(item, SCORED_ROWS):
                 rows = hidden[begin + row : begin + row + len(token_ids)]
-                logits = self._model.logits(rows).float().cpu()
+                logits = self.model.logits(rows).float().cpu()
                 scores.setdefault(item.request.request_id, []).extend(
-                    self._sampler.score(logits, token_ids, item.request.params.logprobs or 0)
+                    self.sampler.score(logits, token_ids, item.request.params.logprobs or 0)
                 )
             begin += item.num_tokens
         return scores
@@ -129,24 +167,30 @@ class ModelRunner:
         It writes to block 0, which must be free, by profile 0, which must have been put.
         """
         for rows in num_rows:
-            count = min(rows, self._block_size, self._model.config.max_position)
-            metadata = AttentionMetadata(
-                query_start=self._tensor(np.array([0, count], np.int32)),
-                positions=self._tensor(np.arange(count, dtype=np.int32)),
-                slot_mapping=self._tensor(np.arange(count, dtype=np.int64)),
-                block_tables=self._tensor(np.zeros((1, 1), np.int32)),
-                bases=self._tensor(np.zeros((1, 1), np.int32)),
-                num_blocks=self._tensor(np.ones(1, np.int32)),
-                profiles=self._tensor(np.zeros(1, np.int32)),
+            count = min(rows, self._block_size, self.model.config.max_position)
+            token_ids, *where = upload(
+                [
+                    np.zeros(count, np.int64),
+                    np.array([0, count], np.int32),
+                    np.arange(count, dtype=np.int32),
+                    np.arange(count, dtype=np.int64),
+                    np.zeros((1, 1), np.int32),
+                    np.zeros((1, 1), np.int32),
+                    np.ones(1, np.int32),
+                    np.zeros(1, np.int32),
+                ],
+                self._device,
             )
-            token_ids = torch.zeros(count, dtype=torch.int64, device=self._device)
             with torch.inference_mode():
-                self._model.logits(self._model(token_ids, self._backend.bind(metadata)))
+                attention = self._backend.bind(AttentionMetadata(*where))
+                self.model.logits(self.model(token_ids, attention))
 
-    def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionMetadata]:
-        token_ids: list[int] = []
+    def _inputs(
+        self, scheduled: Sequence[ScheduledRequest]
+    ) -> tuple[Tensor, Tensor, AttentionMetadata]:
+        known: list[int] = []
         for item in scheduled:
-            token_ids += item.request.token_ids[item.start : item.start + item.num_tokens]
+            known += item.request.token_ids[item.start : item.start + item.num_tokens]
         rows = np.array([self._batch.row(item.request) for item in scheduled])
         starts = np.array([item.position for item in scheduled])
         counts = np.array([item.num_tokens for item in scheduled])
@@ -157,19 +201,22 @@ class ModelRunner:
         blocks = self._batch.block_tables[np.repeat(rows, counts), positions // self._block_size]
         slots = blocks.astype(np.int64) * self._block_size + positions % self._block_size
         widest = int(self._batch.num_blocks[rows].max())
-        metadata = AttentionMetadata(
-            query_start=self._tensor(query_start),
-            positions=self._tensor(positions.astype(np.int32)),
-            slot_mapping=self._tensor(slots),
-            block_tables=self._tensor(self._batch.block_tables[rows, :widest]),
-            bases=self._tensor(self._batch.bases[rows, :widest]),
-            num_blocks=self._tensor(self._batch.num_blocks[rows]),
-            profiles=self._tensor(self._batch.profiles[rows]),
+        sampling = [at + 1 for at, item in enumerate(scheduled) if item.samples]
+        token_ids, last, *where = upload(
+            [
+                np.array(known, np.int64),
+                query_start[sampling].astype(np.int64) - 1,
+                query_start,
+                positions.astype(np.int32),
+                slots,
+                self._batch.block_tables[rows, :widest],
+                self._batch.bases[rows, :widest],
+                self._batch.num_blocks[rows],
+                self._batch.profiles[rows],
+            ],
+            self._device,
         )
-        return torch.tensor(token_ids, dtype=torch.int64, device=self._device), metadata
-
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        return token_ids, last, AttentionMetadata(*where)
 
 
 def _targets(item: ScheduledRequest, most: int) -> Iterator[tuple[int, list[int]]]:

@@ -95,7 +95,7 @@ class Sampler:
                 self._penalise(logits[row], request)
         errors = self._obey(logits, requests)
         for row, request in enumerate(requests):
-            if _changes_logits(request):
+            if changes_logits(request):
                 token_ids[row] = int(logits[row].numpy().argmax())
         random = [row for row, request in enumerate(requests) if not request.params.greedy]
         if random:
@@ -188,7 +188,7 @@ def _add_biases(logits: Tensor, biases: Mapping[int, float]) -> None:
     logits[ids] += torch.tensor(list(biases.values()), dtype=torch.float32)
 
 
-def _changes_logits(request: Request) -> bool:
+def changes_logits(request: Request) -> bool:
     """Whether the likeliest token may be another one than the model's."""
     params = request.params
     return _has_penalty(request) or bool(params.logit_bias) or params.grammar is not None

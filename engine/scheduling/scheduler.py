@@ -38,10 +38,14 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         profiles: ProfileRows | None = None,
         shared: SharedPrefixes | None = None,
+        look_ahead: bool = False,
     ) -> None:
         """clock: seconds; for the time that requests wait, and their timeouts. profiles: None: the
-        one of a model without a scaling. shared: None: nothing is."""
+        one of a model without a scaling. shared: None: nothing is. look_ahead: what is left of the
+        pool goes to the tokens after a step's, for a runner that computes them before it is asked.
+        """
         self.config = config
+        self._look_ahead = look_ahead
         self.pool = pool
         self.profiles = ProfileRows() if profiles is None else profiles
         self.tables = BlockTables(pool, self.profiles)
@@ -125,6 +129,8 @@ class Scheduler:
             self._choose(scheduled)
         released, self._released = self._released, []
         chosen = list(scheduled.values())
+        if self._look_ahead:
+            self._grant_ahead(chosen)
         num_tokens = sum(item.num_tokens for item in chosen)
         return SchedulerOutput(chosen, released, num_tokens, alone, self.profiles.news())
 
@@ -144,6 +150,12 @@ class Scheduler:
             return  # something was preempted: there is no room for more
         if not any(self._fits_beside_pinned(suspect) for suspect in self._suspects):
             self._admit(budget, scheduled)
+
+    def _grant_ahead(self, chosen: list[ScheduledRequest]) -> None:
+        """Give streams that go on the page of their next token, where some is free."""
+        for item in chosen:
+            if item.samples and item.request.num_output_tokens + 1 < item.request.max_tokens:
+                self.tables.look_ahead(item.request)
 
     def _try_alone(self, suspect: Request, scheduled: dict[str, ScheduledRequest]) -> bool:
         """Compute nothing but a suspect. False: there is no room for it yet."""
@@ -274,7 +286,7 @@ class Scheduler:
         """
         self.tables.shift(request)
         refund = 0
-        while self.tables.missing(request) > self.pool.num_free:
+        while (missing := self.tables.missing(request)) > self.pool.num_free:
             victim = min((each for each in self._running if not each.pinned), key=_worth)
             self._preemptions += 1
             victim.num_preemptions += 1
@@ -283,7 +295,8 @@ class Scheduler:
                 refund += item.num_tokens
             if victim is request:
                 return refund
-        self.tables.grow(request)
+        if missing:
+            self.tables.grow(request, missing)
         return refund
 
     def _put_back(self, request: Request) -> None:

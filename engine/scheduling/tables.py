@@ -19,10 +19,13 @@ class BlockTables:
         self.pool = pool
         self._profiles = profiles
 
-    def missing(self, request: Request) -> int:
-        """Blocks that a request lacks for what can be computed of it now."""
+    def missing(self, request: Request, ahead: int = 0) -> int:
+        """Blocks that a request lacks for what can be computed of it now, or so many tokens on."""
         held = request.num_dropped_blocks + len(request.block_table)
-        return self.pool.blocks_for(reach(request)) - held
+        wanted = reach(request, ahead)
+        if wanted <= held * self.pool.block_size:  # nearly always
+            return 0
+        return self.pool.blocks_for(wanted) - held
 
     def quota(self, request: Request) -> int:
         """Blocks that a request may come to hold."""
@@ -46,12 +49,17 @@ class BlockTables:
         request.num_computed_tokens = len(pages) * self.pool.block_size
         request.num_remembered_blocks = len(pages)
         request.prefix = pages[-1].serial if pages else None
-        self.grow(request)
+        if missing := self.missing(request):
+            self.grow(request, missing)
 
-    def grow(self, request: Request) -> None:
-        """Extend the table over what can be computed; each base is where its block begins."""
-        if not (missing := self.missing(request)):
-            return
+    def look_ahead(self, request: Request) -> None:
+        """Extend the table over the next token too, if a block that it needs is free."""
+        missing = self.missing(request, ahead=1)
+        if 0 < missing <= self.pool.num_free:
+            self.grow(request, missing)
+
+    def grow(self, request: Request, missing: int) -> None:
+        """Extend the table by so many blocks; each base is where its block begins."""
         for block_id in self.pool.allocate(missing):
             request.bases.append(len(request.block_table) * self.pool.block_size)
             request.block_table.append(block_id)
@@ -100,8 +108,10 @@ def _lineage(request: Request) -> Lineage:
     return Lineage(request.scaling, request.options.cache_salt, request.num_shared_blocks)
 
 
-def reach(request: Request) -> int:
-    """The tokens that may be in the cache after this step: all, or up to where pages shift."""
+def reach(request: Request, ahead: int = 0) -> int:
+    """The tokens that may be in the cache after this step, or so many more: all, or up to where
+    pages shift."""
+    known = len(request.token_ids) + ahead
     if request.window is None:
-        return request.num_tokens
-    return min(request.num_tokens, request.window.chunk_end(request.num_computed_tokens))
+        return known
+    return min(known, request.window.chunk_end(request.num_computed_tokens))

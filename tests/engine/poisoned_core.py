@@ -7,8 +7,11 @@ import signal
 import sys
 
 from engine import core
-from engine.execution.runner import ModelRunner
+from engine.execution.runner import InputBatch, ModelRunner, Runner
+from engine.execution.sampler import Sampler
 from engine.messages import SchedulerOutput, StepResult
+from engine.model.attention.base import AttentionBackend
+from engine.model.gpt2 import GPT2
 
 POISON = 13
 HARMLESS_TOKENS = 2
@@ -26,6 +29,13 @@ class MortalRunner(ModelRunner):
         return super().execute(step)
 
 
+def select_mortal(
+    model: GPT2, backend: AttentionBackend, sampler: Sampler, batch: InputBatch, _: object
+) -> Runner:
+    """In place of select_runner."""
+    return MortalRunner(model, backend, sampler, batch)
+
+
 if __name__ == "__main__":
-    core.ModelRunner = MortalRunner  # type: ignore[misc]  # on purpose
+    core.select_runner = select_mortal
     sys.exit(core.main())

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from engine.messages import EngineReady
 from server.cli import app
-from server.panel import cache_line, url_of
+from server.panel import cache_line, show, url_of
 from server.sizes import format_size, parse_size
 from tests.server.fake_engine import READY
 
@@ -129,6 +131,15 @@ def cache(num_blocks: int, max_num_seqs: int) -> EngineReady:
 )
 def test_what_the_cache_means(num_blocks: int, max_num_seqs: int, words: str) -> None:
     assert words in cache_line(cache(num_blocks, max_num_seqs))
+
+
+def test_the_panel_says_what_graphs_there_are_only_where_there_are_some() -> None:
+    console = Console(record=True, width=100)
+    show(console, READY, "127.0.0.1", 8000, 1.0)
+    assert "graphs" not in console.export_text()
+    ready = msgspec.structs.replace(READY, graphs="9 of 13 batch sizes up to 256 recorded")
+    show(console, ready, "127.0.0.1", 8000, 1.0)
+    assert "graphs     9 of 13 batch sizes up to 256 recorded" in console.export_text()
 
 
 def test_urls_work_on_this_machine() -> None:

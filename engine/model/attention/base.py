@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.errors import ConfigError
 from engine.model.profiles import ProfileTables
 from engine.scaling import RopeScaling
+
+BLOCK_SIZES = (16, 32, 64)
+MAX_HEAD_DIM = 256
+"""What the kernels serve."""
 
 
 class Attention(Protocol):
@@ -106,6 +112,24 @@ class AttentionMetadata:
 def score_scale(config: ModelConfig) -> float:
     """What a query is multiplied by, so that weights are powers of two of the scores."""
     return math.log2(math.e) / math.sqrt(config.head_dim)
+
+
+def check_shapes(
+    whose: str, config: ModelConfig, cache: KVCache, dtypes: Sequence[torch.dtype]
+) -> None:
+    """Raise ConfigError for what `whose` ("the CPU kernel") does not serve."""
+    dtype = cache.keys[0].dtype
+    if dtype not in dtypes:
+        names = ", ".join(str(each).removeprefix("torch.") for each in dtypes)
+        raise ConfigError(f"dtype must be one of {names} for {whose}, got {dtype}")
+    if cache.block_size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"block_size must be one of {BLOCK_SIZES} for {whose}, got {cache.block_size}"
+        )
+    if config.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"head_dim must be at most {MAX_HEAD_DIM} for {whose}, got {config.head_dim}"
+        )
 
 
 class AttentionBackend(ABC):

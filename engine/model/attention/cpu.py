@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.errors import ConfigError
 from engine.model.attention.base import (
     Attention,
     AttentionBackend,
     AttentionMetadata,
     KVCache,
+    check_shapes,
     score_scale,
 )
 from engine.model.library import address_of, load_kernel
 from engine.model.profiles import ProfileTables
 from engine.scaling import RopeScaling
 
-BLOCK_SIZES = (16, 32, 64)
-MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16)
 OUT_OF_MEMORY = 2
 """The kernel's status when it finds no scratch space; 1 is a step outside cache or table."""
@@ -100,7 +98,7 @@ class CPUBackend(AttentionBackend):
         chosen, self._attend = load_kernel("attention", [ctypes.c_void_p] * 4, variant)
         self.name = f"cpu-{chosen}"
         self.dtype = cache.keys[0].dtype
-        self._check_shapes()
+        check_shapes("the CPU kernel", config, cache, DTYPES)
         self._rows = [(_Profile * profiles.num_rows)() for _ in cache.keys]
         self._layers = [
             _Layer(
@@ -127,21 +125,6 @@ class CPUBackend(AttentionBackend):
     def attend(self, layer: int, step: int, qkv: int, out: int) -> int:
         """Call the kernel with the addresses of a step and of two tensors; returns its status."""
         return self._attend(self._addresses[layer], step, qkv, out)
-
-    def _check_shapes(self) -> None:
-        """Raise ConfigError for what the kernel does not serve."""
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"the CPU kernel takes float32 and bfloat16, got {self.dtype}")
-        if self.cache.block_size not in BLOCK_SIZES:
-            raise ConfigError(
-                f"block_size must be one of {BLOCK_SIZES} for the CPU kernel, "
-                f"got {self.cache.block_size}"
-            )
-        if self.config.head_dim > MAX_HEAD_DIM:
-            raise ConfigError(
-                f"head_dim must be at most {MAX_HEAD_DIM} for the CPU kernel, "
-                f"got {self.config.head_dim}"
-            )
 
     def put_profile(self, row: int, scaling: RopeScaling, num_positions: int) -> None:
         """See AttentionBackend.put_profile; the kernel is told where the tables lie."""

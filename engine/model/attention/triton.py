@@ -9,12 +9,12 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from engine.config import ModelConfig
-from engine.errors import ConfigError
 from engine.model.attention.base import (
     Attention,
     AttentionBackend,
     AttentionMetadata,
     KVCache,
+    check_shapes,
     score_scale,
 )
 from engine.model.kernels import attention as kernels
@@ -22,8 +22,6 @@ from engine.model.kernels.common import emulates, padded
 from engine.model.profiles import ProfileTables
 from engine.scaling import UNSCALED, RopeScaling
 
-BLOCK_SIZES = (16, 32, 64)
-MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNROLL = 8
 """Pages whose partial results are read at once when they are joined."""
@@ -78,7 +76,7 @@ class TritonBackend(AttentionBackend):
         """
         super().__init__(config, profiles, cache)
         self.dtype = cache.keys[0].dtype
-        self._check_shapes()
+        check_shapes("the Triton kernels", config, cache, DTYPES)
         self.narrow = narrow_tile(config.head_dim, self.dtype)
         self.wide = wide or self.narrow
         self._device = cache.keys[0].device
@@ -109,23 +107,6 @@ class TritonBackend(AttentionBackend):
     def probed(cls, config: ModelConfig, profiles: ProfileTables, cache: KVCache) -> TritonBackend:
         """With the best of WIDE_TILES that gives the narrow tile's bits on this device."""
         return cls(config, profiles, cache, wide=find_wide_tile(config, cache))
-
-    def _check_shapes(self) -> None:
-        """Raise ConfigError for what the kernels do not serve."""
-        if self.dtype not in DTYPES:
-            raise ConfigError(
-                f"the Triton kernels take float32, bfloat16 and float16, got {self.dtype}"
-            )
-        if self.cache.block_size not in BLOCK_SIZES:
-            raise ConfigError(
-                f"block_size must be one of {BLOCK_SIZES} for the Triton kernels, "
-                f"got {self.cache.block_size}"
-            )
-        if self.config.head_dim > MAX_HEAD_DIM:
-            raise ConfigError(
-                f"head_dim must be at most {MAX_HEAD_DIM} for the Triton kernels, "
-                f"got {self.config.head_dim}"
-            )
 
     def put_profile(self, row: int, scaling: RopeScaling, num_positions: int) -> None:
         """See AttentionBackend.put_profile. Graphs that were captured before see it."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from engine.execution.cuda_graphs import NOT_RUN, DecodeGraphs, DecodeState, DecodeStep, TokenReader
+from engine.execution.cuda_graphs import NOT_RUN, DecodeGraphs, DecodeState, DecodeStep
 from engine.execution.device_sampler import DeviceSampler
 from engine.model.attention.base import KVCache
 from engine.model.attention.reference import NaiveAttention
@@ -31,6 +33,9 @@ class Recorder:
         self.recorded += 1
         return work
 
+    def free_memory(self) -> int:
+        return 100 - 7 * self.recorded
+
 
 class Counting:
     """A step that writes down how many rows it was asked for and who was there."""
@@ -46,12 +51,12 @@ class Counting:
         self.state.positions[:num_rows] += present
 
 
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def int32(*values: int) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
 
 
 def test_buckets_are_recorded_once_when_first_needed_and_change_nothing() -> None:
-    state, recorder = DecodeState(12, 3, "cpu"), Recorder()
+    state, recorder = DecodeState(12, 3, SIZE, "cpu"), Recorder()
     step = Counting(state)
     graphs = DecodeGraphs(step, state, recorder)
     assert graphs.buckets == [1, 2, 4, 8, 12]
@@ -67,11 +72,24 @@ def test_buckets_are_recorded_once_when_first_needed_and_change_nothing() -> Non
     assert recorder.recorded == 1
     graphs.launch(1)
     assert step.calls[3:] == [(1, []), (1, [0])]
-    assert recorder.recorded == 2
+    assert recorder.recorded == graphs.num_recorded == 2
+    assert graphs.memory == 14
+
+
+def test_graphs_are_recorded_ahead_for_so_long_and_one_in_any_case() -> None:
+    state = DecodeState(12, 3, SIZE, "cpu")
+    graphs = DecodeGraphs(Counting(state), state, Recorder())
+    graphs.record_ahead(0.0)
+    assert graphs.num_recorded == 1
+    times = iter(range(100))
+    graphs.record_ahead(3.0, lambda: float(next(times)))  # looked at after each
+    assert graphs.num_recorded == 3
+    graphs.record_ahead(60.0)
+    assert graphs.num_recorded == len(graphs.buckets) == 5
 
 
 def test_rows_are_taken_from_below_and_leave_nobody_behind() -> None:
-    state = DecodeState(3, 2, "cpu")
+    state = DecodeState(3, 2, SIZE, "cpu")
     assert [state.take() for _ in range(3)] == [0, 1, 2]
     with pytest.raises(IndexError):
         state.take()
@@ -83,41 +101,25 @@ def test_rows_are_taken_from_below_and_leave_nobody_behind() -> None:
 
 
 def test_a_row_is_written_in_place() -> None:
-    state = DecodeState(4, 5, "cpu")
+    state = DecodeState(4, 5, SIZE, "cpu")
     addresses = {name: tensor.data_ptr() for name, tensor in state.tensors.items()}
-    state.put(
+    at = state.put(
         [3, 1],
         {
-            "token_ids": torch.tensor([7, 8]),
-            "block_tables": torch.tensor([[4, 5], [6, 0]]),
-            "top_p": torch.tensor([0.5, 0.25], dtype=torch.float64),
-            "seed": torch.tensor([-1, 2]),
+            "token_ids": np.array([7, 8]),
+            "top_p": np.array([0.5, 0.25]),
+            "seed": np.array([-1, 2]),
         },
     )
+    assert at.tolist() == [3, 1]
+    state.put_tables([3, 1], [[4, 5], [6]])
     assert state.token_ids.tolist() == [0, 8, 0, 7]
     assert state.block_tables[3].tolist() == [4, 5, 0, 0, 0]
+    assert state.num_blocks.tolist() == [0, 1, 0, 2]
+    assert state.bases[2].tolist() == [0, 16, 32, 48, 64]
     assert state.sampling.top_p.tolist() == [1.0, 0.25, 1.0, 0.5]
     assert state.sampling.seed.tolist() == [0, 2, 0, -1]
     assert {name: tensor.data_ptr() for name, tensor in state.tensors.items()} == addresses
-
-
-def test_tokens_are_read_one_step_behind() -> None:
-    state = DecodeState(2, 2, "cpu")
-    graphs, reader = DecodeGraphs(Counting(state), state, Recorder()), TokenReader(state)
-    state.put([0, 1], {"num_blocks": int32(1, 1), "positions": int32(10, 20)})
-    read = []
-    graphs.launch(2)
-    pending = reader.start(2)
-    for _ in range(3):
-        graphs.launch(2)
-        ahead = reader.start(2)
-        read.append(pending.read())
-        pending = ahead
-    assert read == [[10, 20], [11, 21], [12, 22]]
-    assert pending.read() == [13, 23]
-    state.sampled[1] = -1
-    with pytest.raises(FloatingPointError, match="not finite"):
-        reader.start(2).read()
 
 
 def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
@@ -136,22 +138,23 @@ def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
         tables = ProfileTables(config, SIZE)
         backend = TritonBackend(config, tables, cache, num_processors=0)
         backend.put_profile(0, UNSCALED, config.max_position)
-        state = DecodeState(3, 2, "cpu")
+        state = DecodeState(3, 2, SIZE, "cpu")
         sampler = DeviceSampler(config.vocab_size, device="cpu")
         graphs = DecodeGraphs(DecodeStep(model, backend, sampler, state), state, Recorder(), (3,))
-        reader = TokenReader(state)
         # Row 1 feeds its prompt a token at a time; row 0 is absent, row 2 is out of pages.
         state.put([1, 2], {"num_blocks": int32(1, 1), "positions": int32(0, SIZE)})
         state.put([1], {"block_tables": int32(2)[:, None]})
+        state.put([2], {"token_ids": np.array([9])})
         tokens = list(known)
         for at in range(len(expected) - 1):
-            state.put([1], {"token_ids": torch.tensor([tokens[at]])})
+            state.put([1], {"token_ids": np.array([tokens[at]])})
             graphs.launch(3)
-            first, token, last = reader.start(3).read()
+            first, token, last = state.sampled.tolist()
             assert (first, last) == (NOT_RUN, NOT_RUN)
             if at >= len(known) - 1:
                 tokens.append(token)
     assert tokens == expected
     assert state.positions.tolist() == [0, len(expected) - 1, SIZE]
     assert state.sampling.index.tolist() == [0, len(expected) - 1, 0]
+    assert state.token_ids.tolist() == [0, expected[-1], 9]
     assert not cache.keys[0][[0, 1, 3]].any()

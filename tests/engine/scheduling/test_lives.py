@@ -58,8 +58,11 @@ class Lives(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         extra=st.integers(0, 12),
         rows=st.integers(2, 4),
+        look_ahead=st.booleans(),
     )
-    def begin(self, num_blocks: int, max_num_seqs: int, extra: int, rows: int) -> None:
+    def begin(
+        self, num_blocks: int, max_num_seqs: int, extra: int, rows: int, look_ahead: bool
+    ) -> None:
         self.now = 0.0
         self.pool = BlockPool(num_blocks, SIZE)
         config = SchedulerConfig(
@@ -69,7 +72,10 @@ class Lives(RuleBasedStateMachine):
         )
         self.profiles = ProfileRows(OWN, TRAINED, rows)
         shared = SharedPrefixes([DECLARED, [5] * SIZE], SIZE)
-        self.scheduler = Scheduler(config, self.pool, lambda: self.now, self.profiles, shared)
+        self.look_ahead = look_ahead
+        self.scheduler = Scheduler(
+            config, self.pool, lambda: self.now, self.profiles, shared, look_ahead
+        )
         self.tables: dict[int, tuple[RopeScaling, int]] = {}  # what the runner was told of rows
         self.alive: dict[str, Request] = {}
         self.seen: dict[str, list[int]] = {}
@@ -215,6 +221,17 @@ class Lives(RuleBasedStateMachine):
                 page = index // SIZE if index // SIZE < SINK_BLOCKS else index // SIZE - shift
                 slot = (request.block_table[page], index % SIZE)
                 assert self.content[slot] == what(request, index), "a page holds something else"
+        if self.look_ahead:
+            self.run_ahead(output)
+
+    def run_ahead(self, output: SchedulerOutput) -> None:
+        """Play GraphRunner: the next token of a stream that goes on is computed already."""
+        for item in output.scheduled:
+            request, place = item.request, item.position + item.num_tokens
+            last = request.num_output_tokens + 1 == request.max_tokens
+            if item.samples and not last and place // SIZE < len(request.block_table):
+                assert self.tables[request.profile][1] > place
+                self.content[request.block_table[place // SIZE], place % SIZE] = "for nothing"
 
     def check_nobody_waits_in_vain(self, output: SchedulerOutput) -> None:
         """Whoever is first in the queue lacks pages, a row, budget or, pinned, its quota."""
@@ -270,7 +287,7 @@ class Lives(RuleBasedStateMachine):
                 continue
             held_tokens = (len(each.block_table) + each.num_dropped_blocks) * SIZE
             assert each.num_computed_tokens <= held_tokens
-            assert held_tokens < each.num_tokens + SIZE
+            assert held_tokens < each.num_tokens + self.look_ahead + SIZE
             if each.window is not None:
                 assert len(each.block_table) <= WINDOW.num_blocks
             pinned += self.scheduler.tables.quota(each) if each.pinned else 0

@@ -36,7 +36,7 @@ def test_an_unknown_variant_is_refused(kernel: cpu.CPUBackend) -> None:
     [
         (32, 24, torch.float32, "block_size must be one of"),
         (512, 16, torch.float32, "head_dim must be at most"),
-        (32, 16, torch.float16, "float32 and bfloat16"),
+        (32, 16, torch.float16, "dtype must be one of float32, bfloat16"),
     ],
 )
 def test_shapes_that_the_kernel_does_not_serve(

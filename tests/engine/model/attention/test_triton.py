@@ -182,7 +182,7 @@ def test_heads_may_share_keys() -> None:
     [
         (32, 8, F32, "block_size must be one of"),
         (512, 16, F32, "head_dim must be at most 256"),
-        (32, 16, torch.float64, "float32, bfloat16 and float16"),
+        (32, 16, torch.float64, "dtype must be one of float32, bfloat16, float16"),
     ],
 )
 def test_shapes_that_the_kernels_do_not_serve(

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.execution.kernels.sampling import sample
+from engine.execution.kernels.step import advance, begin
 from engine.model.kernels.attention import attend, combine, store
 from engine.model.kernels.norm import norm
 from engine.model.kernels.product import product
@@ -23,9 +24,9 @@ TYPES = {
     "*bf16": "qkv out keys values rows weight bias residual logits",
     "*fp32": "part_out part_best part_total temperatures min_ps",
     "*fp64": "top_ps",
-    "*i64": "slot_mapping tables seeds",
+    "*i64": "slot_mapping tables seeds slots token_ids",
     "*i32": "tile_seq tile_start query_start positions block_tables bases num_blocks row_seq "
-    "profiles top_ks indices choices tokens",
+    "profiles top_ks indices choices tokens counts sampled",
     "*i8": "allowed",
     "fp32": "scale eps",
 }
@@ -57,6 +58,8 @@ KERNELS = {
         4,
     ),
     "sample": (sample, {"vocab_size": 50257, "block": 4096}, 8),
+    "begin": (begin, {"block_size": 64}, 1),
+    "advance": (advance, {"not_run": -2}, 1),
 }
 
 

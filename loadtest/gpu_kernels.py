@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
@@ -13,79 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import Activation, ModelConfig
-from engine.execution.cuda_graphs import Recorder
 from engine.execution.device_sampler import DeviceSampler, SamplingTensors
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
-from engine.model.attention.reference import NaiveAttention, ReferenceBackend
-from engine.model.attention.triton import WIDE_TILES, TritonBackend, find_wide_tile
+from engine.model.attention.reference import ReferenceBackend
+from engine.model.attention.triton import WIDE_TILES, TritonBackend
 from engine.model.cuda_layers import WIDE_TILES as PRODUCT_TILES
-from engine.model.cuda_layers import TritonNorm, TritonProduct, use_triton
+from engine.model.cuda_layers import TritonNorm, TritonProduct
 from engine.model.profiles import ProfileTables
-from engine.model.rope import RotaryTable
 from engine.scaling import UNSCALED, RopeScaling
-from loadtest.gpu_offline import OfflineLoop, random_model
 from loadtest.gpu_report import Report
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""Of the largest number expected; the products' operands are rounded to the type."""
-
-HEADS = ((64, 64), (64, 32), (32, 32), (80, 20), (96, 48), (128, 128), (256, 64))
-"""head_dim, rotary_dim"""
+from loadtest.gpu_scale import Scale, close, same
 
 Chunk = tuple[int, int, int]
 """A sequence, and its positions first .. end - 1."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is checked: all on a GPU, a little under the interpreter."""
-
-    device: str
-    dtypes: Sequence[torch.dtype] = DTYPES
-    heads: Sequence[tuple[int, int]] = HEADS
-    block_sizes: Sequence[int] = (16, 32, 64)
-    num_heads: int = 3
-    lengths: Sequence[int] = (1, 70, 130, 17)
-    products: Sequence[tuple[int, int]] = ((768, 2304), (768, 768), (3072, 768), (768, 50304))
-    num_rows: Sequence[int] = (1, 2, 3, 16, 17, 33, 64, 100, 257, 512)
-    draws: int = 20_000
-    prompt: int = 70
-    output: int = 24
-    layers: int = 4
-
-
-SMALL = Scale(
-    device="cpu",
-    dtypes=(torch.bfloat16,),
-    heads=((32, 16),),
-    block_sizes=(16,),
-    num_heads=1,
-    lengths=(1, 17),
-    products=((48, 24),),
-    num_rows=(1, 17),
-    draws=3,
-    prompt=4,
-    output=2,
-    layers=1,
-)
-"""For the interpreter, which takes a millisecond for a handful of operations."""
-
-
-def close(actual: Tensor, expected: Tensor) -> str:
-    """How far apart; AssertionError where that is too far."""
-    largest = max(1.0, float(expected.abs().max()))
-    error = float((actual.cpu().double() - expected.cpu().double()).abs().max()) / largest
-    limit = TOLERANCE[actual.dtype]
-    assert error <= limit, f"error {error:.2e} of the largest, above {limit:.2e}"
-    return f"error {error:.1e}"
-
-
-def same(actual: Tensor, expected: Tensor, what: str) -> None:
-    """AssertionError, with how many rows differ, unless two tensors are equal to the bit."""
-    if not torch.equal(actual, expected):
-        rows = int((actual != expected).flatten(1).any(1).sum())
-        raise AssertionError(f"{what}: {rows} of {len(actual)} rows differ")
 
 
 class Case:
@@ -308,101 +247,7 @@ def sampler_draws(scale: Scale) -> str:
     return f"chi-squared {square:.1f} over {count} draws"
 
 
-def engine_agrees(scale: Scale, recorder: Recorder) -> str:
-    """Greedy tokens of the whole loop, graphs and all, against a full recompute in float32; and
-    alone, together, in chunks: the same."""
-    config = ModelConfig(
-        vocab_size=200,
-        padded_vocab_size=208,
-        num_layers=scale.layers,
-        num_heads=2,
-        hidden_size=64,
-        intermediate_size=96,
-        max_position=512,
-        rotary_dim=16,
-    )
-    model = random_model(config, torch.float32, scale.device)
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(0, 200, (3, scale.prompt), generator=generator).to(scale.device)
-    naive = NaiveAttention(
-        RotaryTable.for_model(config).to(scale.device), config.num_heads, torch.float64
-    )
-    expected = []
-    with torch.inference_mode():
-        for prompt in prompts.tolist():
-            known = list(prompt)
-            for _ in range(scale.output):
-                hidden = model(torch.tensor(known, device=scale.device), naive)
-                logits = model.logits(hidden[-1])[: config.vocab_size]
-                known.append(int(logits.argmax()))
-            expected.append(known[scale.prompt :])
-    small = scale.device == "cpu"
-    use_triton(model, wide=() if small else PRODUCT_TILES)
-
-    def loop(max_seqs: int) -> OfflineLoop:
-        return OfflineLoop(
-            model,
-            max_seqs=max_seqs,
-            max_tokens=scale.prompt + scale.output,
-            recorder=recorder,
-            block_size=scale.block_sizes[-1],
-            num_processors=0 if small else None,
-        )
-
-    together = loop(3).generate(prompts, scale.output, chunk_rows=scale.prompt)
-    assert together.tokens == expected, "together: tokens differ from the full recompute"
-    alone = loop(1).generate(prompts[1:2], scale.output, chunk_rows=scale.prompt)
-    assert alone.tokens == expected[1:2], "alone: tokens differ"
-    if not small:
-        chunked = loop(3).generate(prompts, scale.output, chunk_rows=7, step_rows=14)
-        assert chunked.tokens == expected, "chunked: tokens differ"
-    return f"{sum(map(len, expected))} tokens as in the full recompute"
-
-
-def logits_are_exact(scale: Scale) -> str:
-    """The whole network in bfloat16: logits of a prompt in one step and token by token."""
-    config = ModelConfig(
-        vocab_size=200,
-        padded_vocab_size=208,
-        num_layers=scale.layers,
-        num_heads=2,
-        hidden_size=64,
-        intermediate_size=96,
-        max_position=512,
-        rotary_dim=16,
-    )
-    model = random_model(config, torch.bfloat16, scale.device)
-    small = scale.device == "cpu"
-    use_triton(model, wide=() if small else PRODUCT_TILES)
-    generator = torch.Generator().manual_seed(1)
-    length = scale.prompt
-    prompts = torch.randint(0, 200, (2, length), generator=generator).to(scale.device)
-
-    def loop() -> OfflineLoop:
-        made = OfflineLoop(
-            model,
-            max_seqs=2,
-            max_tokens=length,
-            recorder=lambda work: work,
-            block_size=16,
-            num_processors=0 if small else None,
-        )
-        if not small:
-            made.backend.wide = find_wide_tile(config, made.backend.cache) or made.backend.narrow
-        return made
-
-    with torch.inference_mode():
-        expected = loop().chunk([0, 1], prompts, 0)
-        cut = loop()
-        half = length // 2
-        cut.chunk([0], prompts[:1, :half], 0)
-        for at in range(half, length):
-            last = cut.chunk([0], prompts[:1, at : at + 1], at)
-        same(last, expected[:1], "logits")
-    return f"{length - half} tokens alone after a chunk of {half}: the bits of one step of two"
-
-
-def check_all(report: Report, scale: Scale, recorder: Recorder) -> None:
+def check_kernels(report: Report, scale: Scale) -> None:
     """Everything, one after the other."""
     for dtype, (head_dim, rotary_dim), size in product(
         scale.dtypes, scale.heads, scale.block_sizes
@@ -426,5 +271,3 @@ def check_all(report: Report, scale: Scale, recorder: Recorder) -> None:
             work = partial(product_agrees, scale, shape, dtype, activation)
             report.check(f"product {shape[0]} to {shape[1]}: {dtype}", work)
     report.check("sampler", partial(sampler_draws, scale))
-    report.check("engine's tokens", partial(engine_agrees, scale, recorder))
-    report.check("network's bits", partial(logits_are_exact, scale))

@@ -1,0 +1,279 @@
+"""Steps on CUDA: decoding by graphs, one step ahead of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.execution.cuda_graphs import (
+    NOT_RUN,
+    CudaRecorder,
+    DecodeGraphs,
+    DecodeState,
+    DecodeStep,
+)
+from engine.execution.device_sampler import DeviceSampler, SamplingTensors, samples_on_device
+from engine.execution.runner import ModelRunner
+from engine.execution.transfer import Download, upload
+from engine.messages import (
+    SampledToken,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
+)
+from engine.model.attention.base import AttentionBackend
+from engine.request import Request
+
+WARM_UP_SECONDS = 4.0
+"""How long the start may take to record graphs; the rest is recorded when it is first needed."""
+
+
+class SamplesTokens(Protocol):
+    """A DeviceSampler."""
+
+    def sample(self, logits: Tensor, params: SamplingTensors, tokens: Tensor) -> None:
+        """See DeviceSampler.sample."""
+        ...
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row of DecodeState: its number, and how many pages it knows."""
+
+    number: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What of a step the graph has not computed, on its way to the host.
+
+    on_device: requests whose token is in `tokens` int32, in that order; on_host: those whose logits
+    are the rows of `logits`.
+    """
+
+    scores: dict[str, list[TokenLogprobs]]
+    on_device: Sequence[Request] = ()
+    tokens: Tensor | None = None
+    arriving: Download | None = None
+    on_host: Sequence[Request] = ()
+    logits: Download | None = None
+
+
+class GraphRunner:
+    """Decodes by graphs, and begins the next step before it has this one's tokens.
+
+    While a step runs on the device, the host schedules it: what the scheduler asks for is mostly
+    what is being computed. A row that is asked for no more (its token before was its last, or it
+    was aborted or preempted) has been computed for nothing: its token is dropped, and what it wrote
+    lies in pages whose next owner writes to them later, since the device does one thing after the
+    other.
+
+    What else a step has (chunks of prompts, rows whose token needs the host, rows that were out of
+    pages) goes the way of ModelRunner; a row that needs no host is in the graph from its next token
+    on. Which of the two samplers a request has depends on its parameters alone.
+    """
+
+    looks_ahead = True
+
+    def __init__(
+        self,
+        eager: ModelRunner,
+        state: DecodeState,
+        graphs: DecodeGraphs,
+        sampler: SamplesTokens,
+    ) -> None:
+        """sampler: the one in the graphs."""
+        self._eager = eager
+        self._state = state
+        self._graphs = graphs
+        self._sampler = sampler
+        self._rows: dict[str, _Row] = {}  # who is on the device, and so in the step that runs
+        self._vacant: list[int] = []  # rows that the device does not yet know to be left
+        self._running: Download | None = None  # the tokens of the step that runs
+
+    @classmethod
+    def on_cuda(
+        cls,
+        eager: ModelRunner,
+        backend: AttentionBackend,
+        unused_token_ids: Sequence[int],
+        max_num_seqs: int,
+        max_blocks: int,
+    ) -> GraphRunner:
+        """With graphs of the whole step. max_blocks: pages of a request that is in them."""
+        device = backend.cache.keys[0].device
+        state = DecodeState(max_num_seqs, max_blocks, backend.cache.block_size, device)
+        sampler = DeviceSampler(eager.model.config.vocab_size, unused_token_ids, device)
+        step = DecodeStep(eager.model, backend, sampler, state)
+        return cls(eager, state, DecodeGraphs(step, state, CudaRecorder()), sampler)
+
+    @property
+    def name(self) -> str:
+        """See Runner."""
+        graphs = self._graphs
+        return (
+            f"{graphs.num_recorded} of {len(graphs.buckets)} batch sizes up to "
+            f"{graphs.buckets[-1]} recorded, {graphs.memory / 2**20:.0f} MiB"
+        )
+
+    @property
+    def ahead(self) -> Collection[str]:
+        """See Runner."""
+        return self._rows
+
+    def warm_up(self, num_rows: Sequence[int]) -> None:
+        """See Runner."""
+        self._eager.warm_up(num_rows)
+        with torch.inference_mode():
+            self._graphs.record_ahead(WARM_UP_SECONDS)
+
+    def execute(self, step: SchedulerOutput) -> StepResult:
+        """See Runner."""
+        self._eager.begin(step)
+        self._leave(step.released)
+        asked = {item.request.request_id for item in step.scheduled}
+        self._leave([request_id for request_id in self._rows if request_id not in asked])
+        computed = {request_id: row.number for request_id, row in self._rows.items()}
+        arriving, self._running = self._running, None
+        with torch.inference_mode():
+            rest = self._compute(
+                [item for item in step.scheduled if item.request.request_id not in computed]
+            )
+            self._launch(step.scheduled, rest)
+            tokens: dict[str, SampledToken] = {}
+            if computed and arriving is not None:
+                given = arriving.wait().tolist()
+                tokens = {name: _token(given[number]) for name, number in computed.items()}
+            tokens.update(self._finish(rest))
+        return StepResult(
+            [tokens[item.request.request_id] for item in step.scheduled if item.samples],
+            rest.scores,
+        )
+
+    def _compute(self, items: list[ScheduledRequest]) -> _Rest:
+        """Begin what no graph computes. Rows with targets are waited for."""
+        if not items:
+            return _Rest({})
+        # So that the rows of either sampler lie side by side.
+        items.sort(key=lambda item: (not item.samples, not samples_on_device(item.request)))
+        requests = [item.request for item in items if item.samples]
+        on_device = [request for request in requests if samples_on_device(request)]
+        on_host = requests[len(on_device) :]
+        self._eager.sampler.prepare(on_host)
+        hidden, last = self._eager.forward(items)
+        scores = self._eager.scores(items, hidden)
+        if not requests:
+            return _Rest(scores)
+        logits = self._eager.model.logits(hidden[last])
+        tokens = arriving = below = None
+        if on_device:
+            params = SamplingTensors.of(on_device)
+            contents = upload(list(params.values()), logits.device)
+            tokens = torch.empty(len(on_device), dtype=torch.int32, device=logits.device)
+            self._sampler.sample(
+                logits[: len(on_device)],
+                SamplingTensors(**dict(zip(params, contents, strict=True))),
+                tokens,
+            )
+            arriving = Download.start(tokens)
+        if on_host:
+            below = Download.start(logits[len(on_device) :].float())
+        return _Rest(scores, on_device, tokens, arriving, on_host, below)
+
+    def _finish(self, rest: _Rest) -> dict[str, SampledToken]:
+        """The tokens of what no graph has computed, by request id."""
+        sampled: dict[str, SampledToken] = {}
+        if rest.arriving is not None:
+            for request, token in zip(rest.on_device, rest.arriving.wait().tolist(), strict=True):
+                sampled[request.request_id] = _token(token)
+        if rest.logits is not None:
+            tokens = self._eager.sampler.sample(rest.logits.wait(), rest.on_host)
+            for request, chosen in zip(rest.on_host, tokens, strict=True):
+                sampled[request.request_id] = chosen
+        return sampled
+
+    def _leave(self, request_ids: Iterable[str]) -> None:
+        """These are not on the device any more."""
+        for request_id in request_ids:
+            row = self._rows.pop(request_id, None)
+            if row is not None:
+                self._vacant.append(row.number)
+
+    def _launch(self, scheduled: Sequence[ScheduledRequest], rest: _Rest) -> None:
+        """Begin the next step of all that need nothing but the tokens of this one."""
+        places = {request.request_id: at for at, request in enumerate(rest.on_device)}
+        grown: list[tuple[int, list[int]]] = []
+        new: list[ScheduledRequest] = []
+        for item in scheduled:
+            request = item.request
+            row = self._rows.get(request.request_id)
+            if row is None:
+                if request.request_id in places and self._goes_on(item):
+                    new.append(item)
+            elif not self._goes_on(item):
+                self._leave([request.request_id])
+            elif row.num_blocks != len(request.block_table):
+                row.num_blocks = len(request.block_table)
+                grown.append((row.number, request.block_table))
+        if not self._rows and not new:
+            return
+        self._state.release(self._vacant)
+        self._vacant = []
+        if grown:
+            self._state.put_tables(*zip(*grown, strict=True))
+        if new:
+            assert rest.tokens is not None
+            self._enter(new, rest.tokens, [places[item.request.request_id] for item in new])
+        num_rows = 1 + max(row.number for row in self._rows.values())
+        self._graphs.launch(num_rows)
+        self._running = Download.start(self._state.sampled[:num_rows])
+
+    def _goes_on(self, item: ScheduledRequest) -> bool:
+        """Whether the token that comes may be computed on at once: it is not the last, and it has a
+        page (where pages shift, it has none)."""
+        request = item.request
+        pages = len(request.block_table)
+        return (
+            request.num_output_tokens + 1 < request.max_tokens
+            and item.position + item.num_tokens < pages * self._state.block_size
+            and pages <= self._state.max_blocks
+        )
+
+    def _enter(self, items: Sequence[ScheduledRequest], tokens: Tensor, places: list[int]) -> None:
+        """Give requests rows. places: where in `tokens` each one's is."""
+        requests = [item.request for item in items]
+        numbers = [self._state.take() for _ in items]
+        params = SamplingTensors.of(requests)
+        params["index"] = params["index"] + 1
+        positions = [item.position + item.num_tokens for item in items]
+        profiles = [request.profile for request in requests]
+        at = self._state.put(
+            numbers,
+            params
+            | {
+                "positions": np.array(positions, np.int32),
+                "profiles": np.array(profiles, np.int32),
+            },
+        )
+        self._state.put_tables(numbers, [request.block_table for request in requests])
+        (chosen,) = upload([np.array(places, np.int64)], at.device)
+        # One that is not finite is refused when it arrives; until then it must be some token.
+        self._state.token_ids[at] = tokens[chosen].clamp(min=0).long()
+        for request, number in zip(requests, numbers, strict=True):
+            self._rows[request.request_id] = _Row(number, len(request.block_table))
+
+
+def _token(token_id: int) -> SampledToken:
+    """Raises FloatingPointError where the logits were not finite: no token would be right."""
+    if token_id == NOT_RUN:
+        raise RuntimeError("a row that was to be computed was out of pages on the device")
+    if token_id < 0:
+        raise FloatingPointError("the model's logits are not finite")
+    return SampledToken(token_id)

@@ -1,0 +1,376 @@
+"""The engine one step ahead of itself: the tokens of the plain one, whatever comes between.
+
+The graph is a fake: it computes the rows that are present by the CPU's kernels and samples as the
+host does, so that tokens can be compared to the bit. `test_cuda_graphs` tries the real one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine import core
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.core import EngineCore
+from engine.execution.cuda_graphs import NOT_RUN, DecodeGraphs, DecodeState
+from engine.execution.device_sampler import SamplingTensors
+from engine.execution.graph_runner import GraphRunner
+from engine.execution.journal import StepJournal
+from engine.execution.runner import InputBatch, ModelRunner
+from engine.execution.sampler import Sampler
+from engine.execution.transfer import Download
+from engine.grammar import INSTALLED as GRAMMARS
+from engine.messages import AddRequest, EngineOutput
+from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
+from engine.model.gpt2 import GPT2
+from engine.request import Grammar, Request, SamplingParams, Targets, Window
+from engine.scaling import RopeScaling
+from tests.models import EOS, tiny_config
+
+SIZE = 16
+CONFIG = tiny_config()
+PAGE = KVCache.bytes_per_block(CONFIG, SIZE, torch.float32)
+
+
+class HostTokens:
+    """A DeviceSampler that draws as `Sampler` does."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def sample(self, logits: Tensor, params: SamplingTensors, tokens: Tensor) -> None:
+        requests = [
+            Request(
+                "any",
+                [0],
+                SamplingParams(
+                    temperature=float(params.temperature[row]),
+                    top_k=int(params.top_k[row]),
+                    top_p=float(params.top_p[row]),
+                    min_p=float(params.min_p[row]),
+                ),
+                seed=int(params.seed[row : row + 1].numpy().view(np.uint64)[0]),
+                max_tokens=1,
+                stop_token_ids=frozenset(),
+                output_token_ids=[0] * int(params.index[row]),
+                choice=int(params.choice[row]),
+            )
+            for row in range(len(logits))
+        ]
+        sampled = self._sampler.sample(logits.float().clone(), requests)
+        tokens.copy_(torch.tensor([each.token_id for each in sampled]))
+
+
+class Recorder:
+    """Runs the work again."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def free_memory(self) -> int:
+        return 0
+
+
+@dataclass
+class FakeStep:
+    """What DecodeStep does, of the rows that are present."""
+
+    model: GPT2
+    backend: AttentionBackend
+    sampler: HostTokens
+    state: DecodeState
+    rows: list[int] = field(default_factory=list)  # how many were computed, for each step
+
+    def __call__(self, num_rows: int) -> None:
+        state = self.state
+        present = state.positions[:num_rows] < state.num_blocks[:num_rows] * SIZE
+        at = present.nonzero()[:, 0]
+        state.sampled[:num_rows] = NOT_RUN
+        self.rows.append(len(at))
+        if not len(at):
+            return
+        positions = state.positions[at]
+        blocks = state.block_tables[at, (positions // SIZE).long()].long()
+        metadata = AttentionMetadata(
+            query_start=torch.arange(len(at) + 1, dtype=torch.int32),
+            positions=positions,
+            slot_mapping=blocks * SIZE + positions % SIZE,
+            block_tables=state.block_tables[at],
+            bases=state.bases[at],
+            num_blocks=state.num_blocks[at],
+            profiles=state.profiles[at],
+        )
+        hidden = self.model(state.token_ids[at], self.backend.bind(metadata))
+        tokens = torch.zeros(len(at), dtype=torch.int32)
+        params = SamplingTensors(**{name: each[at] for name, each in vars(state.sampling).items()})
+        self.sampler.sample(self.model.logits(hidden), params, tokens)
+        state.sampled[at] = tokens
+        state.token_ids[at] = tokens.long()
+        state.positions[at] += 1
+        state.sampling.index[at] += 1
+
+
+def plain_engine(directory: Path, pages: int, config: SchedulerConfig) -> EngineCore:
+    return EngineCore(
+        EngineConfig(
+            model_dir=str(directory),
+            device="cpu",
+            dtype="float32",
+            cache=CacheConfig(block_size=SIZE, kv_memory=pages * PAGE),
+            scheduler=config,
+        )
+    )
+
+
+def engine_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    pages: int,
+    config: SchedulerConfig,
+    journal: StepJournal | None = None,
+) -> tuple[EngineCore, FakeStep]:
+    """The same engine with graphs; and what they compute."""
+    made: list[FakeStep] = []
+
+    def select(
+        model: GPT2,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        batch: InputBatch,
+        unused_token_ids: Sequence[int],
+    ) -> GraphRunner:
+        max_rows, max_blocks = batch.block_tables.shape
+        state = DecodeState(max_rows, max_blocks, SIZE, "cpu")
+        tokens = HostTokens(Sampler(model.config.vocab_size, unused_token_ids))
+        step = FakeStep(model, backend, tokens, state)
+        made.append(step)
+        eager = ModelRunner(model, backend, sampler, batch)
+        return GraphRunner(eager, state, DecodeGraphs(step, state, Recorder(), (1, 4)), tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "select_runner", select)
+        engine_config = EngineConfig(
+            model_dir=str(directory),
+            device="cpu",
+            dtype="float32",
+            cache=CacheConfig(block_size=SIZE, kv_memory=pages * PAGE),
+            scheduler=config,
+        )
+        return EngineCore(engine_config, journal), made[0]
+
+
+def random_request(rng: random.Random, name: str, pages: int) -> AddRequest:
+    """Of every kind: for the device, for the host, shifted, scored, in another rotation, alone."""
+    capacity = min(CONFIG.max_position, pages * SIZE)
+    prompt = [rng.randrange(EOS) for _ in range(rng.choice([1, 3, 15, 16, 17, 40, 90]))]
+    prompt = prompt[: capacity - 1]
+    kind = rng.choice(["device"] * 5 + ["host", "shift", "scored", "rope", "grammar"])
+    changes: dict[str, object] = {}
+    if kind == "host":
+        changes = rng.choice(
+            [{"logprobs": 2}, {"frequency_penalty": 0.4}, {"logit_bias": {7: 5.0}}]
+        )
+    if kind == "rope":
+        dynamic = RopeScaling(type="dynamic", factor=2.0, original_context=32)  # computed anew
+        changes = {"rope": rng.choice([RopeScaling(type="linear", factor=2.0), dynamic, dynamic])}
+    if kind == "grammar" and GRAMMARS:
+        changes = {"grammar": Grammar("regex", "[a-z]{5,20}")}
+    max_tokens = min(rng.randrange(1, 60), capacity + 1 - len(prompt))
+    window = Window(SIZE, 2) if kind == "shift" and pages > 4 else None
+    return AddRequest(
+        request_id=name,
+        prompt_token_ids=prompt,
+        params=SamplingParams(
+            temperature=rng.choice([0.0, 0.0, 0.8, 1.3]),
+            top_k=rng.choice([0, 0, 5]),
+            top_p=rng.choice([1.0, 0.8]),
+            min_p=rng.choice([0.0, 0.05]),
+            **changes,  # type: ignore[arg-type]  # by name
+        ),
+        seed=rng.randrange(2**64),
+        max_tokens=max_tokens + 40 if window else max_tokens,
+        stop_token_ids=[EOS, *rng.sample(range(EOS), 4)],
+        window=window,
+        targets=Targets(0, prompt) if kind == "scored" else None,
+        choice=rng.randrange(2),
+        suspect=rng.random() < 0.1,
+    )
+
+
+def drive(
+    engine: EngineCore, arrivals: dict[int, list[AddRequest]], aborts: dict[int, list[str]]
+) -> dict[str, list[EngineOutput]]:
+    """Step until done. aborts: behind which step who leaves."""
+    outputs: dict[str, list[EngineOutput]] = {}
+    left: set[str] = set()
+    step = 0
+    while engine.has_unfinished or step <= max(arrivals):
+        for request in arrivals.get(step, []):
+            engine.add(request)
+        for output in engine.step():
+            assert output.request_id not in left
+            outputs.setdefault(output.request_id, []).append(output)
+        for name in aborts.get(step, []):
+            left.add(name)
+            engine.abort(name)
+        step += 1
+        assert step < 5000
+    return outputs
+
+
+def told(outputs: Sequence[EngineOutput]) -> list[tuple[object, ...]]:
+    return [(o.index, o.token_id, o.finish_reason, o.logprobs, o.scores, o.error) for o in outputs]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_lives_have_the_tokens_of_the_plain_engine(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = random.Random(seed)
+    pages = rng.choice([12, 16, 60])
+    config = SchedulerConfig(
+        max_num_seqs=rng.choice([3, 9]), max_num_batched_tokens=rng.choice([9, 64])
+    )
+    arrivals: dict[int, list[AddRequest]] = {}
+    aborts: dict[int, list[str]] = {}
+    for number in range(24):
+        at = rng.randrange(80)
+        arrivals.setdefault(at, []).append(random_request(rng, f"r{number}", pages))
+        if rng.random() < 0.2:
+            aborts.setdefault(at + rng.randrange(1, 60), []).append(f"r{number}")
+    gone = {name for names in aborts.values() for name in names}
+    expected = drive(plain_engine(tiny_model_dir, pages, config), arrivals, {})
+    ahead, step = engine_ahead(monkeypatch, tiny_model_dir, pages, config)
+    actual = drive(ahead, arrivals, aborts)
+    for name, outputs in expected.items():
+        got = told(actual.get(name, []))
+        assert got == (told(outputs)[: len(got)] if name in gone else told(outputs)), name
+    assert ahead.stats.blocks_free == ahead.stats.blocks_total
+    assert sum(step.rows) > sum(map(len, actual.values())) / 3  # most are by graphs
+
+
+def request(name: str, max_tokens: int, *, prompt: int = 20, **changes: object) -> AddRequest:
+    return AddRequest(
+        request_id=name,
+        prompt_token_ids=[5] * prompt,
+        params=SamplingParams(temperature=1.0, **changes),  # type: ignore[arg-type]  # by name
+        seed=ord(name),
+        max_tokens=max_tokens,
+        stop_token_ids=[],
+    )
+
+
+def test_a_stream_alone_is_computed_once(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its prompt every token is a graph's, and the last is not computed on."""
+    engine, step = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
+    recorded = len(step.rows)
+    assert len(drive(engine, {0: [request("a", 40)]}, {})["a"]) == 40
+    assert sum(step.rows[recorded:]) == 39
+
+
+def test_what_comes_after_the_end_is_dropped(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, step = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
+    whole = drive(engine, {0: [request("a", 40)]}, {})["a"]
+    stop = whole[20].token_id
+    assert stop is not None
+    first = next(at for at, output in enumerate(whole) if output.token_id == stop)
+    computed = sum(step.rows)
+    arrival = request("a", 40)
+    stopped = AddRequest(
+        **{name: getattr(arrival, name) for name in arrival.__struct_fields__}
+        | {"stop_token_ids": [stop]}
+    )
+    got = drive(engine, {0: [stopped], first: [request("b", 30)]}, {})
+    assert [output.token_id for output in got["a"]] == [o.token_id for o in whole[: first + 1]]
+    assert sum(step.rows) - computed == (first + 1) + 29  # one of a's for nothing
+    alone = drive(plain_engine(tiny_model_dir, 60, SchedulerConfig()), {0: [request("b", 30)]}, {})
+    assert told(got["b"]) == told(alone["b"])
+    assert engine.stats.blocks_free == engine.stats.blocks_total
+
+
+def test_a_name_may_be_anothers_at_once(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Aborted and added again between two steps, while a token of the first one is computed."""
+    engine, _ = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
+    engine.add(request("a", 40))
+    engine.step()
+    engine.abort("a")
+    got = drive(engine, {0: [request("a", 20, prompt=33)]}, {})["a"]
+    plain = plain_engine(tiny_model_dir, 60, SchedulerConfig())
+    assert told(got) == told(drive(plain, {0: [request("a", 20, prompt=33)]}, {})["a"])
+
+
+def test_rows_that_need_the_host_leave_the_others_in_the_graph(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, step = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
+    recorded = len(step.rows)
+    outputs = drive(engine, {0: [request("a", 30), request("b", 30, logprobs=1)]}, {})
+    assert [len(outputs[name]) for name in "ab"] == [30, 30]
+    assert step.rows[recorded:] == [1] * 29
+
+
+def test_logits_that_are_not_finite_are_an_error_of_those_who_want_the_token(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
+    engine.add(request("a", 30))
+    engine.add(request("b", 30))
+    engine.step()  # and the next one runs
+    engine.abort("a")
+    runner = engine._runner
+    assert isinstance(runner, GraphRunner)
+
+    def arrive(*tokens: int) -> None:
+        monkeypatch.setattr(runner, "_running", Download.start(torch.tensor(tokens)))
+
+    arrive(-1, 5)
+    assert [(o.request_id, o.token_id) for o in engine.step()] == [("b", 5)]
+    arrive(5, -1)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.step()
+
+
+def test_the_journal_names_what_runs_ahead(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step"
+
+    def left() -> tuple[list[str], list[str]]:
+        with StepJournal(path) as dead:
+            return dead.suspects, dead.poisoned
+
+    with StepJournal(path) as journal:
+        engine, _ = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig(), journal)
+        engine.add(request("a", 30))
+        engine.step()
+        assert left() == (["a"], [])  # between two steps, which die together
+        engine.add(AddRequest(**_fields(request("s", 30)) | {"suspect": True}))
+        seen: list[tuple[list[str], list[str]]] = []
+        execute = engine._runner.execute
+        monkeypatch.setattr(
+            engine._runner, "execute", lambda step: (seen.append(left()), execute(step))[1]
+        )
+        journal.begin(["a"], alone=False)
+        engine.step()
+        assert seen == [(["s", "a"], [])]  # the suspect's step, but a's is still running
+        assert left() == (["s"], [])  # it came further, and its next token is computed
+        journal.begin(["s"], alone=True)
+        engine.step()
+        assert sorted(seen[1][0]) == ["a", "s"]
+
+
+def _fields(message: AddRequest) -> dict[str, object]:
+    return {name: getattr(message, name) for name in message.__struct_fields__}
