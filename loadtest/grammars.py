@@ -15,7 +15,8 @@ from engine.core import grammar_vocabulary
 from engine.grammar import Matcher, Vocabulary, masks_of
 from engine.request import Grammar
 from loadtest.figures import percentile, ranged, spread
-from loadtest.machine import Machine, Others
+from loadtest.machine import Machine
+from loadtest.others import Others
 from loadtest.report import Column, document
 from loadtest.workload import Measured, Workload
 
