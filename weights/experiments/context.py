@@ -1,16 +1,22 @@
 """How far can a trained context be stretched? Perplexity against position, by the engine itself.
 
     python -m weights.experiments.context --corpus DIR --work DIR --out DIR [--model MODEL_DIR]
-    python -m weights.experiments.context ... --fine-tune 40    # and after a short fine-tune
+    python -m weights.experiments.context ... --fine-tune 50    # and after a short fine-tune
 
 Scores held-out text that is `--times` as long as the model's context, through the serving engine:
 with no scaling at all, with position interpolation, NTK-aware scaling, dynamic NTK and YaRN, and
 with `overflow: shift`, whose context stays as it is. xPos is another network, not a way to read
 with this one: weights.experiments.xpos.
 
-Fine-tuning follows the papers (weights.experiments.tune): position interpolation, YaRN, and no
-scaling at all (`--tune default`). The work folder keeps what has been measured, so what was stopped
-goes on. Writes context.json and context.svg, and prints a table.
+The stretch itself is not the best factor for every formula, so each has its own chosen: the one of
+least loss past the context on other held-out texts, which lie half-way between those that are
+reported; doubled or halved from `--times` on until the best is no edge. Where that is 1, no scaling
+at all, `--times` is reported.
+
+Fine-tuning follows the papers (weights.experiments.tune): each way of TUNED on the same number of
+tokens; `shift`, which needs no long windows, on windows of the context. The work folder keeps what
+has been measured, so what was stopped goes on. Writes context.json and context.svg, and prints
+tables.
 """
 
 from __future__ import annotations
@@ -30,103 +36,142 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError
 from engine.model.loader import read_config
-from engine.scaling import RopeScaling, ScalingType
+from engine.scaling import SCALING_OPTIONS, UNSCALED, RopeScaling, ScalingType
 from weights.experiments.picture import Curve, Panel, draw
+from weights.experiments.search import best_number
 from weights.experiments.small import machine
-from weights.experiments.stretch import PARTS, Way, by_position, engine, stretches, unscaled_copy
+from weights.experiments.stretch import (
+    PARTS,
+    Way,
+    between,
+    by_position,
+    engine,
+    stretches,
+    unscaled_copy,
+)
 from weights.experiments.tune import Tuning, fine_tune
 from weights.prepare import prepare
 from weights.recipe import Recipe, TrainingConfig
 from weights.tokens import Tokens, open_tokens
 
 DEFAULT = Path(__file__).parents[1] / "default"
-TUNED = ("linear", "yarn", "default")
-"""What the papers fine-tune, and no scaling at all."""
-
+KINDS: tuple[ScalingType, ...] = ("linear", "ntk", "dynamic", "yarn")
 BASELINE = "shift"
 """What the others are compared with: the trained context, moved along."""
 
+TUNED = (BASELINE, "linear", "yarn", "ntk", "none")
+"""What is fine-tuned. Dynamic NTK has no one rotation that a network could get used to."""
 
-def ways(times: int) -> list[Way]:
-    """All that can be asked of a model as it is."""
-    kinds: tuple[ScalingType, ...] = ("linear", "ntk", "dynamic", "yarn")
-    stretched = [RopeScaling(type=kind, factor=times) for kind in kinds]
-    return [
-        Way(BASELINE, shift=True),
-        Way("none"),
-        *(Way(rope.type, rope) for rope in stretched),
-    ]
+AFTER = ", fine-tuned"
+
+
+def scaled(kind: ScalingType, factor: float, trained: int) -> Way:
+    """A scaling of the trained context, which is said wherever the formula asks for it."""
+    values: dict[str, Any] = {"type": kind, "factor": factor}
+    if "original_context" in SCALING_OPTIONS[kind]:
+        values["original_context"] = trained
+    return Way(f"{kind}, factor {factor:g}", RopeScaling.from_dict(values))
 
 
 class Experiment:
     """A model, texts, and a work folder with what was measured of them.
 
+    texts: what is reported; others: what factors are chosen by.
     Raises ConfigError where the folder has it of others.
     """
 
-    def __init__(self, model_dir: Path, texts: Sequence[list[int]], times: int, work: Path) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        texts: Sequence[list[int]],
+        others: Sequence[list[int]],
+        times: int,
+        work: Path,
+    ) -> None:
         self.model_dir = model_dir
         self.texts = texts
+        self.others = others
         self.times = times
         self.trained = read_config(model_dir).max_position
         self.work = work / f"context-{times}x"
         self.work.mkdir(parents=True, exist_ok=True)
-        self._of = {"times": times, "texts": [text[:4] for text in texts]}
 
-    def _kept(self, name: str, more: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+    def _kept(self, name: str, of: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
         path = self.work / f"{name}.json"
         if not path.exists():
             return path, None
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if kept["of"] != self._of | dict(more):
+        if kept["of"] != of:
             raise ConfigError(
                 f"{path} is of other texts or steps: choose another --work, or remove it"
             )
         return path, kept
 
-    def _keep(self, path: Path, more: Mapping[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-        path.write_text(json.dumps({"of": self._of | dict(more), **row}) + "\n", encoding="utf-8")
+    def _read(
+        self, way: Way, name: str, texts: Sequence[list[int]], tuned: tuple[Path, Tuning] | None
+    ) -> dict[str, Any]:
+        """Nats per token, by text: within the trained context, beyond it, by position."""
+        model_dir, tuning = tuned or (self.model_dir, None)
+        of = {
+            "times": self.times,
+            "texts": [text[:4] for text in texts],
+            "tuning": tuning and asdict(tuning),
+        }
+        path, kept = self._kept(name, of)
+        if kept is not None:
+            return kept
+        with tempfile.TemporaryDirectory() as folder:
+            # A scaling says what it stretches: so that any factor may be tried at this length.
+            far = model_dir if way.shift else unscaled_copy(model_dir, Path(folder), self.times)
+            losses = way.nats(engine(far), texts, self.trained)
+        row = {
+            "of": of,
+            "within": [statistics.mean(text[: self.trained - 1]) for text in losses],
+            "beyond": [statistics.mean(text[self.trained - 1 :]) for text in losses],
+            "by_position": by_position(losses),
+        }
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
         return row
 
-    def _read(self, model_dir: Path, way: Way) -> dict[str, Any]:
-        losses = way.nats(engine(model_dir), self.texts, self.trained)
-        within = [statistics.mean(text[: self.trained - 1]) for text in losses]
-        beyond = [statistics.mean(text[self.trained - 1 :]) for text in losses]
-        return {"within": within, "beyond": beyond, "by_position": by_position(losses)}
+    def measure(self, way: Way, tuned: tuple[Path, Tuning] | None = None) -> dict[str, Any]:
+        """Of the texts that are reported. tuned: a model that was fine-tuned, and how."""
+        return self._read(way, f"{way.name}{AFTER if tuned else ''}", self.texts, tuned)
 
-    def as_it_is(self, way: Way) -> dict[str, Any]:
-        """Nats per token, by text: within the trained context, beyond it, by position."""
-        path, kept = self._kept(way.name, {})
-        if kept is not None:
-            return kept
-        if way.rope is not None or way.shift:
-            return self._keep(path, {}, self._read(self.model_dir, way))
-        with tempfile.TemporaryDirectory() as folder:
-            copy = unscaled_copy(self.model_dir, Path(folder), self.times)
-            return self._keep(path, {}, self._read(copy, way))
+    def search(self, kind: ScalingType) -> dict[float, float]:
+        """Nats past the context in the other texts, by factor."""
 
-    def tuned(self, kind: str, sources: Mapping[str, Tokens], tuning: Tuning) -> dict[str, Any]:
-        """The same after a fine-tune. kind: of a scaling, or `default` for none at all."""
-        path, kept = self._kept(f"{kind}, fine-tuned", asdict(tuning))
-        if kept is not None:
-            return kept
-        factor = self.times if kind != "default" else 1
-        rope = RopeScaling.from_dict({"type": kind} | ({"factor": factor} if factor > 1 else {}))
-        folder = self.work / f"tuned-{kind}"
-        length = self.times * self.trained
-        seconds = fine_tune(self.model_dir, folder, sources, rope, length, tuning)
-        row = self._read(folder, Way(kind, rope if kind != "default" else None))
-        return self._keep(path, asdict(tuning), row | {"step_s": round(seconds, 2)})
+        def measure(factor: float) -> float:
+            way = scaled(kind, factor, self.trained)
+            row = self._read(way, f"{way.name}, other texts", self.others, None)
+            return statistics.mean(row["beyond"])
+
+        losses = {float(self.times): measure(self.times)}
+        best_number(losses, measure, least=1)
+        return dict(sorted(losses.items()))
+
+    def tune(self, way: Way, sources: Mapping[str, Tokens], tuning: Tuning) -> dict[str, Any]:
+        """What measure() gives after a fine-tune, and step_s: processor seconds per step."""
+        folder = self.work / f"tuned {way.name}"
+        path, kept = self._kept(folder.name, asdict(tuning))
+        if kept is None:
+            length = self.times * self.trained
+            windows = (self.times, self.trained) if way.shift else (1, length)
+            rope = way.rope or UNSCALED
+            step_s = fine_tune(self.model_dir, folder, sources, rope, windows, tuning)
+            kept = {"of": asdict(tuning), "step_s": round(step_s, 2)}
+            path.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        return self.measure(way, (folder, tuning)) | {"step_s": kept["step_s"]}
 
 
 def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per way: perplexities over all texts.
 
-    beyond_to_shift: a multiple of shift's on the same tokens, [mean, least, most] over the texts.
+    beyond_to_shift: a multiple of shift's on the same tokens, fine-tuned where the row is;
+    [mean, least, most] over the texts.
     """
-    base = results[BASELINE]
     rows = []
     for name, result in results.items():
+        base = results[BASELINE + AFTER if name.endswith(AFTER) else BASELINE]
         above = [a - b for a, b in zip(result["beyond"], base["beyond"], strict=True)]
         last = [text[-1] for text in result["by_position"]]
         ratios = [round(math.exp(v), 3) for v in (statistics.mean(above), min(above), max(above))]
@@ -143,11 +188,12 @@ def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Markdown."""
+    """Markdown: what is reported, and what the factors were chosen by."""
     lines = [
         f"Perplexity of {document['texts']} held-out texts of {document['length']:,} tokens, "
         f"{document['times']} times the trained context of {document['trained']:,}; and as a "
-        f"multiple of `{BASELINE}`'s on the same tokens (least to most of the texts).",
+        f"multiple of `{BASELINE}`'s on the same tokens, fine-tuned where the row is (least to "
+        "most of the texts).",
         "",
         "| | within the trained context | beyond it | in the last "
         f"{document['length'] // PARTS} positions | beyond it, multiple of `{BASELINE}`'s |",
@@ -159,34 +205,44 @@ def table(document: Mapping[str, Any]) -> str:
             f"| {row['way']} | {row['within']:.1f} | {row['beyond']:.1f} | {row['last']:.1f} | "
             f"{mean:.2f} ({least:.2f} to {most:.2f}) |"
         )
+    factors = sorted({float(f) for losses in document["search"].values() for f in losses})
+    lines += [
+        "",
+        f"Perplexity beyond the trained context by factor, on {document['others']} other texts:",
+        "",
+        f"| | {' | '.join(f'{factor:g}' for factor in factors)} |",
+        "|---" * (1 + len(factors)) + "|",
+    ]
+    for kind, losses in document["search"].items():
+        known = {float(factor): f"{math.exp(nats):.1f}" for factor, nats in losses.items()}
+        lines.append(f"| {kind} | {' | '.join(known.get(factor, '') for factor in factors)} |")
     return "\n".join(lines) + "\n"
 
 
 def panels(document: Mapping[str, Any]) -> list[Panel]:
     """Nats above shift's on the same tokens, against position: as it is, and fine-tuned."""
-    length = document["length"]
+    length, results = document["length"], document["results"]
     at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
-    base = document["results"][BASELINE]["by_position"]
     drawn: dict[bool, dict[str, Curve]] = {False: {}, True: {}}
-    for name, result in document["results"].items():
+    for name, result in results.items():
+        tuned = name.endswith(AFTER)
+        base = results[BASELINE + AFTER if tuned else BASELINE]["by_position"]
         runs = [
             [a - b for a, b in zip(text, shifted, strict=True)]
             for text, shifted in zip(result["by_position"], base, strict=True)
         ]
-        kind, _, tuned = name.partition(", ")
-        drawn[bool(tuned)][kind] = Curve(at, runs)
+        drawn[tuned][name.removesuffix(AFTER)] = Curve(at, runs)
     across = f"position (trained: {document['trained']:,})"
     up = f"nats per token above {BASELINE}"
-    titles = {False: "as it is", True: f"after {document['tuning']['steps']} steps of fine-tuning"}
+    after = f"after {document['tuning']['steps']} steps of fine-tuning, {BASELINE} too"
     return [
-        Panel(titles[tuned], across, up, curves, bands=False)
+        Panel(after if tuned else "as it is", across, up, curves, bands=False)
         for tuned, curves in drawn.items()
         if curves
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m weights.experiments.context")
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -197,31 +253,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=8, help="how far to stretch")
     parser.add_argument("--texts", type=int, default=8, help="how many texts")
     parser.add_argument("--fine-tune", type=int, default=0, help="steps; 0: none")
+    parser.add_argument("--learning-rate", type=float, default=Tuning.learning_rate)
     parser.add_argument("--tune", nargs="+", choices=TUNED, default=TUNED, help="which; all")
     options = parser.parse_args(arguments)
+    if BASELINE not in options.tune:
+        parser.error(f"--tune must have {BASELINE}: the others are compared with it")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = _arguments(arguments)
     config = TrainingConfig(recipe=Recipe(steps=1))
     # The model has a tokenizer, which is taken as it is: nothing is written there.
     tokens = prepare(options.corpus, options.model, options.work, config, Console(stderr=True))
-    length = options.times * read_config(options.model).max_position
-    held_out = open_tokens(tokens / "heldout")
-    texts = stretches(list(held_out.values()), length, options.texts)
-    experiment = Experiment(options.model, texts, options.times, options.work)
-    results = {
-        way.name: experiment.as_it_is(way) for way in tqdm(ways(options.times), desc="scalings")
-    }
-    tuning = Tuning(options.fine_tune)
+    trained = read_config(options.model).max_position
+    length = options.times * trained
+    held_out = list(open_tokens(tokens / "heldout").values())
+    texts = stretches(held_out, length, options.texts)
+    others = between(held_out, length, options.texts)
+    experiment = Experiment(options.model, texts, others, options.times, options.work)
+    search = {kind: experiment.search(kind) for kind in tqdm(KINDS, desc="factors")}
+    factors = {}
+    for kind, losses in search.items():
+        best = min(losses, key=losses.__getitem__)
+        # A factor of 1 is no scaling, which has a row of its own.
+        factors[kind] = best if best > 1 else float(options.times)
+    ways = [Way(BASELINE, shift=True), Way("none")]
+    ways += [scaled(kind, factor, trained) for kind, factor in factors.items()]
+    results = {way.name: experiment.measure(way) for way in tqdm(ways, desc="scalings")}
+    tuning = Tuning(options.fine_tune, options.learning_rate)
     if tuning.steps:
+        # Interpolation and YaRN are fine-tuned as their authors did, at the stretch itself.
+        of = {kind: scaled(kind, options.times, trained) for kind in KINDS}
+        of["ntk"] = scaled("ntk", factors["ntk"], trained)
+        tuned_ways = {BASELINE: ways[0], "none": ways[1], **of}
         sources = {n: t for n, t in open_tokens(tokens / "train").items() if len(t) > length}
         for kind in options.tune:
-            name = "none" if kind == "default" else kind
-            results[f"{name}, fine-tuned"] = experiment.tuned(kind, sources, tuning)
+            way = tuned_ways[kind]
+            results[way.name + AFTER] = experiment.tune(way, sources, tuning)
     document = {
         "machine": machine(),
         "texts": len(texts),
+        "others": len(others),
         "length": length,
         "times": options.times,
         "trained": experiment.trained,
         "tuning": asdict(tuning),
+        "search": search,
         "summary": summarise(results),
         "results": results,
     }

@@ -14,31 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from weights.experiments.picture import Curve, Panel, draw
 from weights.experiments.positions import spread
+from weights.experiments.search import best_number
 from weights.experiments.small import Laboratory, Plan, machine
 from weights.recipe import OptimizerKind
 
 ENCODING = "RoPE"
 RATES = (2e-3, 4e-3, 8e-3)
-
-
-def best_rate(losses: dict[float, float], measure: Callable[[float], float]) -> float:
-    """The learning rate of the least loss, neither the greatest nor the least that was tried.
-
-    losses: by learning rate; gets those that are tried in addition.
-    """
-    while True:
-        best = min(losses, key=losses.__getitem__)
-        edges = {min(losses): best / 2, max(losses): best * 2}
-        if best not in edges:
-            return best
-        losses[edges[best]] = measure(edges[best])
 
 
 def last(run: Mapping[str, Any]) -> float:
@@ -77,7 +65,7 @@ class Comparison:
             return last(self.run(kind, rate, 1, self.plan.steps))
 
         losses = {rate: measure(rate) for rate in RATES}
-        best_rate(losses, measure)
+        best_number(losses, measure)
         return dict(sorted(losses.items()))
 
 

@@ -171,6 +171,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if missing := {"RoPE", BASELINE} - set(options.encodings):
         parser.error(f"--encodings must have {missing.pop()}: the others are compared with it")
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for quartiles; got {options.rounds}")
     return options
 
 

@@ -17,20 +17,44 @@ PARTS = 32
 """Stretches of positions whose mean is a point of the picture."""
 
 
+def _spaced(sources: Sequence[Tokens], length: int, count: int) -> list[tuple[Tokens, int, int]]:
+    """The sources that are long enough, in turn: a source, where a text starts, the spacing."""
+    long = [tokens for tokens in sources if len(tokens) >= length]
+    if not long:
+        raise ValueError(f"no held-out source has {length:,} tokens")
+    turns = max(1, -(-count // len(long)))
+    spaced = []
+    for number in range(count):
+        tokens, turn = long[number % len(long)], number // len(long)
+        spacing = (len(tokens) - length) // turns
+        spaced.append((tokens, turn * spacing, spacing))
+    return spaced
+
+
 def stretches(sources: Sequence[Tokens], length: int, count: int) -> list[list[int]]:
     """`count` texts of `length` tokens, from all sources in turn, evenly spaced.
 
     Raises ValueError where no source is so long.
     """
-    long = [tokens for tokens in sources if len(tokens) >= length]
-    if not long:
-        raise ValueError(f"no held-out source has {length:,} tokens")
-    texts = []
-    for number in range(count):
-        tokens, turn = long[number % len(long)], number // len(long)
-        turns = max(1, -(-count // len(long)))
-        start = turn * ((len(tokens) - length) // turns)
-        texts.append(tokens[start : start + length].tolist())
+    spaced = _spaced(sources, length, count)
+    return [tokens[start : start + length].tolist() for tokens, start, _ in spaced]
+
+
+def between(sources: Sequence[Tokens], length: int, count: int) -> list[list[int]]:
+    """Texts that lie half-way between those of `stretches`, where no token is in both.
+
+    Raises ValueError where there is no room for any.
+    """
+    texts = [
+        tokens[start + spacing // 2 :][:length].tolist()
+        for tokens, start, spacing in _spaced(sources, length, count)
+        if spacing // 2 >= length and spacing - spacing // 2 >= length
+    ]
+    if not texts:
+        raise ValueError(
+            f"no held-out source has room for {length:,} tokens between each two of the texts: "
+            "fewer texts, or more held out"
+        )
     return texts
 
 

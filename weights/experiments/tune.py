@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,10 @@ from weights.tokens import Mixture, Tokens
 
 @dataclass(frozen=True)
 class Tuning:
-    """steps: of one window each. learning_rate: at the start, falling to 0 on a straight line."""
+    """steps: of as many tokens as one stretched window has.
+
+    learning_rate: at the start, falling to 0 on a straight line.
+    """
 
     steps: int
     learning_rate: float = 3e-4
@@ -48,14 +51,15 @@ def fine_tune(
     tuned_dir: Path,
     sources: Mapping[str, Tokens],
     scaling: RopeScaling,
-    length: int,
+    windows: tuple[int, int],
     tuning: Tuning,
 ) -> float:
-    """Write the fine-tuned model, declared for windows of `length`; processor seconds per step.
+    """Write the model, fine-tuned under a scaling; processor seconds per step.
 
-    Unless scaling is `default` its context is to be `length` and the model keeps its own: it is
-    served under the scaling. AdamW without weight decay; sources are read by their size.
+    windows: of a step, how many and of how many tokens. The model's settings stay as they were: it
+    is to be served under the scaling. AdamW without weight decay; sources are read by their size.
     """
+    rows, length = windows
     config = read_config(model_dir)
     model = load_model(model_dir, torch.float32)
     for parameter in model.parameters():
@@ -67,15 +71,14 @@ def fine_tune(
     optimizer = Optimizer(model, tuning.learning_rate, weight_decay=0.0, kind="adamw")
     mixture = Mixture(sources, {name: float(len(t)) for name, t in sources.items()}, tuning.seed)
     seconds = []
-    for step in tqdm(range(tuning.steps), desc=f"fine-tune {scaling.type}", unit=" steps"):
+    label = f"fine-tune {tuned_dir.name}"
+    for step in tqdm(range(tuning.steps), desc=label, unit=" steps", mininterval=5):
         began = time.process_time()
-        loss = _loss(model, attention, *mixture.batch(step, 1, length))
+        loss = _loss(model, attention, *mixture.batch(step, rows, length))
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(1 - step / tuning.steps)
         seconds.append(time.process_time() - began)
-    if scaling.type == "default":
-        config = replace(config, max_position=length)
     export_weights({"config": config.to_dict(), "model": model.state_dict()}, tuned_dir)
     for path in model_dir.glob("tokenizer*"):
         (tuned_dir / path.name).write_bytes(path.read_bytes())

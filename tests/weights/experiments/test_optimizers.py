@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from weights.experiments.optimizers import Comparison, best_rate, compare, panels, table
+from weights.experiments.optimizers import Comparison, compare, panels, table
 from weights.experiments.picture import draw
+from weights.experiments.search import best_number
 from weights.experiments.small import Plan, Run
 from weights.tokens import Mixture
 
@@ -21,10 +22,12 @@ def test_the_best_learning_rate_is_no_edge_of_what_was_tried() -> None:
         return abs(rate - 8.0)
 
     losses = {1.0: 7.0, 2.0: 6.0}
-    assert best_rate(losses, measure) == 8.0
+    assert best_number(losses, measure) == 8.0
     assert asked == [4.0, 8.0, 16.0]
-    assert best_rate({8.0: 0.0, 16.0: 8.0}, measure) == 8.0
+    assert best_number({8.0: 0.0, 16.0: 8.0}, measure) == 8.0
     assert asked[3:] == [4.0]
+    assert best_number({8.0: 0.0, 16.0: 8.0}, measure, least=8.0) == 8.0
+    assert asked[4:] == []
 
 
 BEST = {"muon": 8e-3, "adamw": 1e-3}
