@@ -26,8 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
+from engine.errors import ConfigError
 from weights.packages import (
     AUSTEN,
     MINGRU,
@@ -223,9 +225,17 @@ def write_documents(path: Path, documents: list[str]) -> None:
 
 
 def read_documents(path: Path) -> list[str]:
-    """Documents of one source, as write_documents left them."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    """Documents of one source, as write_documents left them. Raises ConfigError."""
+    documents: list[str] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                documents.append(msgspec.json.decode(line, type=str))
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{path}, line {len(documents) + 1}: expected a JSON string a line: {error}"
+        ) from error
+    return documents
 
 
 def build(out: Path) -> None:

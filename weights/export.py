@@ -25,6 +25,7 @@ from weights.corpus import SOURCES, read_documents
 from weights.curve import draw, read_log
 from weights.evaluate import evaluate
 from weights.recipe import TrainingConfig
+from weights.whole import write_whole
 
 RECIPE = Path(__file__).parent / "default.toml"
 
@@ -38,12 +39,11 @@ def export_weights(checkpoint: dict[str, Any], model_dir: Path) -> ModelConfig:
         if not (config.tie_embeddings and name == "head.weight")
     }
     model_dir.mkdir(parents=True, exist_ok=True)
-    partial = model_dir / "model.safetensors.partial"
     # Not save_file(): that leaves a file which only its owner can read.
-    partial.write_bytes(save(tensors, metadata={"format": "pt"}))
-    partial.replace(model_dir / "model.safetensors")
+    content = save(tensors, metadata={"format": "pt"})
+    write_whole(model_dir / "model.safetensors", content)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
-    (model_dir / "config.json").write_text(text, encoding="utf-8")
+    write_whole(model_dir / "config.json", text.encode())
     return config
 
 

@@ -53,7 +53,8 @@ def split_documents(documents: list[str], share: float) -> tuple[list[str], list
         near = min(ends, key=lambda end: abs(end - cut), default=cut)
         cut = near if 0 < near < len(last) and abs(near - cut) <= len(last) * share else cut
         rest.append(last[:cut])
-        kept.insert(0, last[cut:])
+        if cut < len(last):
+            kept.insert(0, last[cut:])
         break
     return rest, kept
 
@@ -66,7 +67,9 @@ def _read(path: Path) -> str:
 
 
 def read_texts(folder: Path, share: float) -> Texts:
-    """Raises ConfigError where there is no text, or too little to keep a share of it."""
+    """Raises ConfigError where there is no text, or none that can be read."""
+    if not folder.exists():
+        raise ConfigError(f"{folder}: no such file or folder")
     if (folder / "train").is_dir() and (written := sorted(folder.glob("train/*.jsonl"))):
         held_out = sorted(folder.glob("heldout/*.jsonl"))
         return Texts(

@@ -4,18 +4,21 @@ Short windows first, whole contexts while the learning rate is low at the end. T
 gets ckpt.pt and log.jsonl, a line per step and one per held-out measurement.
 
     echo 300 > RUN_DIR/end                        # end it in 300 steps, the learning rate at 0
+    echo now > RUN_DIR/end                        # end it in as many steps as decay_share says
 
 may be written at any time, and again, to end earlier or later; the file is removed once read.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +34,7 @@ from weights.loss import head_loss
 from weights.optimizer import Optimizer, Schedule
 from weights.recipe import Recipe
 from weights.tokens import Mixture, Tokens
+from weights.whole import write_whole
 from weights.world import World
 
 CHECKPOINT = "ckpt.pt"
@@ -107,7 +111,7 @@ class Trainer:
                 )
         shares = weights or {name: float(len(tokens)) for name, tokens in sources.items()}
         for name in shares:
-            if len(sources[name]) <= max(self.lengths):
+            if shares[name] and len(sources[name]) <= max(self.lengths):
                 raise ConfigError(
                     f"source {name} has {len(sources[name]):,} tokens: too few for a window of "
                     f"{max(self.lengths):,}. Next: more text, or a shorter max_position"
@@ -186,16 +190,26 @@ class Trainer:
         }
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        torch.save(self.checkpoint(), partial)
-        partial.replace(path)
+        """Write a checkpoint, whole or not at all. Raises OSError."""
+        content = io.BytesIO()
+        torch.save(self.checkpoint(), content)
+        write_whole(path, content.getbuffer())
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's content: the same losses as if it had never stopped.
 
-        Raises ConfigError where it is of another network.
+        Raises ConfigError where it is of another network, or where the end that is asked for comes
+        too late to be heard of.
         """
+        schedule = Schedule(**state["schedule"])
+        for name in ("steps", "minutes"):
+            old, new = state["recipe"][name], getattr(self.recipe, name)
+            if schedule.decay_start is not None and old != new:
+                raise ConfigError(
+                    f"{name} is {new}, and was {old} when the learning rate began to fall, at step "
+                    f"{schedule.decay_start:,}, to its end at step {schedule.end:,}. Next: leave "
+                    f"{name} as it was; before it has ended, the file `end` moves the end"
+                )
         config = self.model.config.to_dict()
         for name, value in state["config"].items():
             if value != config[name]:
@@ -204,17 +218,45 @@ class Trainer:
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule = Schedule(**state["schedule"])
+        self.schedule = schedule
         self.step, self.tokens, self.busy = state["step"], state["tokens"], state["busy"]
 
 
-def end_asked_for(out: Path, trainer: Trainer) -> int | None:
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What Trainer.save wrote. Raises ConfigError where it cannot be read."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ConfigError(f"{path} cannot be read as a checkpoint: {error}") from error
+    return state
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Forget what was logged after a step: a run that goes on from there says it again.
+
+    So a log has every step once, also after a kill, which may cut its last line.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    write_whole(path, "".join(kept).encode())
+
+
+def end_asked_for(out: Path, trainer: Trainer, watcher: Watcher) -> int | None:
     """Steps in which to end, where that is asked for now: by RUN_DIR/end, by minutes, by steps."""
     recipe, request = trainer.recipe, out / "end"
     decay = max(1, round(trainer.step * recipe.decay_steps_per_step))
     if request.exists() and (text := request.read_text(encoding="utf-8").strip()):
         request.unlink()
-        return int(text) if text.isdigit() else decay
+        if text.isdecimal() and int(text) > 0:
+            return int(text)
+        if text == "now":
+            return decay
+        watcher.told(f"{request} must be a number of steps, at least 1, or `now`; got {text!r}")
     if trainer.schedule.decay_start is not None:
         return None
     before = 1 - recipe.decay_share
@@ -231,10 +273,13 @@ def run(
     held_out: Mapping[str, Tokens],
     watcher: Watcher,
     saved: Callable[[], None],
-) -> None:
+    stopping: Callable[[], bool] = lambda: False,
+) -> bool:
     """Train until the decay is over, logging each step, measuring and saving now and then.
 
-    saved: called after each checkpoint. In a world of several only the first process writes.
+    saved: called after each checkpoint. stopping: whether to stop after this step; a checkpoint is
+    left then. In a world of several only the first process writes, and is asked. True where the
+    run has come to its end. Raises ConfigError where the loss is no number any more, and OSError.
     """
     recipe, leads = trainer.recipe, trainer.world.leads
     last = time.monotonic()
@@ -252,11 +297,21 @@ def run(
                 saved()
 
         while not trainer.schedule.finished(trainer.step):
-            steps = trainer.world.agree(end_asked_for(out, trainer) if leads else None)
+            if trainer.world.agree(1 if leads and stopping() else None):
+                save()
+                return False
+            steps = trainer.world.agree(end_asked_for(out, trainer, watcher) if leads else None)
             if steps is not None:
                 trainer.end_in(steps)
                 watcher.told(f"step {trainer.step:,}: ends in {steps:,} steps")
-            watcher.stepped(write(**trainer.train_step()), trainer.schedule.end)
+            values = trainer.train_step()
+            if not math.isfinite(values["loss"]):
+                raise ConfigError(
+                    f"the loss is {values['loss']} after step {trainer.step:,}: learning_rate must "
+                    f"be lower than {recipe.learning_rate:g}, in all likelihood. Next: another "
+                    "model directory, and a lower one"
+                )
+            watcher.stepped(write(**values), trainer.schedule.end)
             if trainer.step % recipe.evaluate_every == 0 and held_out:
                 losses = {name: trainer.held_out_loss(t, 16) for name, t in held_out.items()}
                 watcher.measured(write(held_out=losses))
@@ -264,3 +319,4 @@ def run(
                 save()
                 last = time.monotonic()
     save()
+    return True

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,12 +23,16 @@ from weights.evaluate import bits_per_byte
 from weights.export import export_weights
 from weights.prepare import HELD_OUT_SIZES, prepare
 from weights.recipe import TrainingConfig
+from weights.stop import Stop
 from weights.tokens import open_tokens
-from weights.train import CHECKPOINT, LOG, Trainer, run
+from weights.train import CHECKPOINT, LOG, Trainer, load_checkpoint, run, trim_log
+from weights.whole import write_whole
 from weights.world import World
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 MINUTES = 30.0
+SETTINGS = "settings.json"
+WEIGHTS = "model.safetensors"
 
 Config = Annotated[
     Path | None, typer.Option(help="TOML file of the run.", show_default="the default model's")
@@ -60,11 +67,12 @@ def train(
 ) -> None:
     """Train a RoPE GPT-2 on text, and leave a model directory that `ropeway serve` opens.
 
-    MODEL_DIR/run holds the run: its tokens, checkpoint and log. The weights in MODEL_DIR are
-    written at each checkpoint, so that an unfinished model can be served too. A tokenizer that
+    MODEL_DIR/run holds the run: its settings, tokens, checkpoint and log. The weights in MODEL_DIR
+    are written at each checkpoint, so that an unfinished model can be served too. A tokenizer that
     lies in MODEL_DIR is used; else one is trained.
 
-    Ctrl-C stops it; --resume goes on. `echo 300 > MODEL_DIR/run/end` ends it in 300 steps.
+    Ctrl-C stops it after the step, and leaves a checkpoint; --resume goes on from there, with the
+    settings of the run. `echo 300 > MODEL_DIR/run/end` ends it in 300 steps.
 
     Several devices: torchrun --nproc-per-node N -m weights.train_command TEXT MODEL_DIR ...
     """
@@ -76,20 +84,77 @@ def train(
         "seed": seed,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    if config is None and not changes.keys() & {"minutes", "steps"}:
-        changes["minutes"] = MINUTES
-    settings = TrainingConfig.read(config, changes)
     run_dir = model_dir / "run"
-    if (run_dir / CHECKPOINT).exists() and not resume:
+    with files_of(model_dir):
+        if resume:
+            settings = _resumed(run_dir, config, changes)
+        else:
+            settings = _begun(model_dir, config, changes)
+        if threads:
+            torch.set_num_threads(threads)
+        world = World.join(device)
+        console = Console(stderr=True, quiet=not world.leads)
+        stopped = _train(
+            text, model_dir, settings, world, console, compiled=compile_, resume=resume
+        )
+    world.leave()
+    if stopped:
+        raise typer.Exit(128 + stopped)
+
+
+@contextmanager
+def files_of(model_dir: Path) -> Generator[None, None, None]:
+    """A file that cannot be read or written, such as on a full disk, is a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{error.filename or model_dir}: {error.strerror or error}") from error
+
+
+def _begun(model_dir: Path, config: Path | None, changes: dict[str, Any]) -> TrainingConfig:
+    """Settings of a new run, where there is room for one."""
+    if (model_dir / "run" / CHECKPOINT).exists():
         raise ConfigError(f"{model_dir} holds a run already: --resume goes on with it")
-    if resume and not (run_dir / CHECKPOINT).exists():
+    if (model_dir / WEIGHTS).exists():
+        raise ConfigError(
+            f"{model_dir} holds a model already ({WEIGHTS}), which training would write over: "
+            "choose another model directory"
+        )
+    if config is None and not changes.keys() & {"minutes", "steps"}:
+        changes = changes | {"minutes": MINUTES}
+    return TrainingConfig.read(config, changes)
+
+
+def _resumed(run_dir: Path, config: Path | None, changes: dict[str, Any]) -> TrainingConfig:
+    """Settings of a run that goes on: its own, unless told otherwise where that may be."""
+    if not (run_dir / CHECKPOINT).exists():
         raise ConfigError(f"{run_dir} holds no checkpoint to resume from")
-    if threads:
-        torch.set_num_threads(threads)
-    world = World.join(device)
-    console = Console(stderr=True, quiet=not world.leads)
+    try:
+        tables = json.loads((run_dir / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{run_dir / SETTINGS}: {error}") from error
+    before = TrainingConfig.from_tables(tables, {})
+    if config is None:
+        settings = TrainingConfig.from_tables(tables, changes)
+    else:
+        settings = TrainingConfig.read(config, changes)
+    settings.check_resumes(before)
+    return settings
+
+
+def _train(
+    text: Path,
+    model_dir: Path,
+    settings: TrainingConfig,
+    world: World,
+    console: Console,
+    *,
+    compiled: bool,
+    resume: bool,
+) -> int:
+    """The signal that stopped it, or 0 where it came to its end."""
+    run_dir = model_dir / "run"
     if world.leads:
-        run_dir.mkdir(parents=True, exist_ok=True)
         prepare(text, model_dir, run_dir, settings, console)
     world.agree(None)  # the others wait here until the tokens are there
     tokenizer = Tokenizer.from_directory(model_dir)
@@ -100,10 +165,14 @@ def train(
         open_tokens(run_dir / "tokens" / "train"),
         weights=settings.weights,
         world=world,
-        compiled=compile_,
+        compiled=compiled,
     )
     if resume:
-        trainer.restore(torch.load(run_dir / CHECKPOINT, map_location="cpu", weights_only=True))
+        trainer.restore(load_checkpoint(run_dir / CHECKPOINT))
+    if world.leads:
+        trim_log(run_dir / LOG, trainer.step)
+        tables = json.dumps(settings.to_tables(), indent=2) + "\n"
+        write_whole(run_dir / SETTINGS, tables.encode())
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     console.print(f"{parameters / 1e6:.2f} million parameters, on {world.device}")
     held_out = open_tokens(run_dir / "tokens" / "heldout")
@@ -112,13 +181,16 @@ def train(
         export_weights(trainer.checkpoint(), model_dir)
 
     display = Display(console, every=settings.recipe.evaluate_every, silent=not world.leads)
-    with display:
-        run(trainer, run_dir, held_out, display, export)
+    with Stop(hurried=world.size == 1) as stop, display:
+        done = run(trainer, run_dir, held_out, display, export, lambda: stop.asked is not None)
+    if not done:
+        console.print(f"stopped after step {trainer.step:,}: --resume goes on from there")
+        return stop.asked or signal.SIGINT
     if world.leads:
         draw(read_log(run_dir / LOG), model_dir / "training.png")
         report(trainer, run_dir, console)
         console.print(f"done. Next: ropeway serve {model_dir}")
-    world.leave()
+    return 0
 
 
 def report(trainer: Trainer, run_dir: Path, console: Console) -> None:

@@ -47,11 +47,25 @@ def test_a_corpus_is_taken_as_it_was_parted(tmp_path: Path) -> None:
     assert (texts.train, texts.held_out) == ({"novel": ["One.", "Two."]}, {"other": ["Three."]})
 
 
+def test_a_corpus_that_is_broken_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "train" / "novel.jsonl"
+    write_documents(path, ["One."])
+    for broken in (b"{}\n", b"'Two.'\n", b'"\xff"\n'):
+        path.write_bytes(b'"One."\n' + broken)
+        with pytest.raises(ConfigError, match=r"novel.jsonl, line \d: expected a JSON string"):
+            read_texts(tmp_path, 0.1)
+
+
+def test_a_share_of_less_than_a_character_keeps_nothing() -> None:
+    text = "\u6587" * 40
+    assert split_documents([text], 0.01) == ([text], [])
+
+
 def test_no_text_and_no_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ConfigError, match=r"holds no text: expected .txt files"):
         read_texts(tmp_path, 0.1)
-    with pytest.raises(ConfigError, match="holds no text"):
+    with pytest.raises(ConfigError, match="absent: no such file or folder"):
         read_texts(tmp_path / "absent", 0.1)
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin.txt cannot be read as UTF-8"):

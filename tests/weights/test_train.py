@@ -25,7 +25,7 @@ from weights.loss import head_loss, token_losses
 from weights.optimizer import Schedule
 from weights.recipe import Recipe
 from weights.tokens import Mixture, Tokens
-from weights.train import Trainer, end_asked_for, run
+from weights.train import Trainer, end_asked_for, load_checkpoint, run, trim_log
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -149,21 +149,34 @@ def test_a_run_decays_when_asked_and_leaves_a_model_that_loads(tmp_path: Path) -
 
 @pytest.mark.parametrize(("request_text", "steps"), [("7\n", 7), ("now", 2), ("", None)])
 def test_a_file_asks_for_the_end(tmp_path: Path, request_text: str, steps: int | None) -> None:
-    trainer = Trainer(CONFIG, RECIPE, sources())
+    trainer, listener = Trainer(CONFIG, RECIPE, sources()), Listener()
     trainer.step = 3
-    assert end_asked_for(tmp_path, trainer) is None
+    assert end_asked_for(tmp_path, trainer, listener) is None
     (tmp_path / "end").write_text(request_text)
-    assert end_asked_for(tmp_path, trainer) == steps
-    assert end_asked_for(tmp_path, trainer) is None
+    assert end_asked_for(tmp_path, trainer, listener) == steps
+    assert end_asked_for(tmp_path, trainer, listener) is None
+    assert not listener.messages
+
+
+@pytest.mark.parametrize("request_text", ["soon", "-5", "0", "1e3"])
+def test_an_end_that_is_no_end_is_told_and_the_run_goes_on(
+    tmp_path: Path, request_text: str
+) -> None:
+    trainer, listener = Trainer(CONFIG, RECIPE, sources()), Listener()
+    (tmp_path / "end").write_text(request_text)
+    assert end_asked_for(tmp_path, trainer, listener) is None
+    (message,) = listener.messages
+    assert f"must be a number of steps, at least 1, or `now`; got '{request_text}'" in message
+    assert not (tmp_path / "end").exists()
 
 
 def test_minutes_include_the_decay(tmp_path: Path) -> None:
     recipe = replace(RECIPE, steps=None, minutes=10.0, decay_share=0.2)
     trainer = Trainer(CONFIG, recipe, sources())
     trainer.step, trainer.busy = 400, 479.0
-    assert end_asked_for(tmp_path, trainer) is None
+    assert end_asked_for(tmp_path, trainer, Listener()) is None
     trainer.busy = 480.0
-    assert end_asked_for(tmp_path, trainer) == 100
+    assert end_asked_for(tmp_path, trainer, Listener()) == 100
 
 
 def test_a_cosine_falls_from_the_warm_up_to_the_last_step() -> None:
@@ -196,6 +209,62 @@ def test_a_source_smaller_than_a_window_is_refused() -> None:
     small = {"up": sources()["up"], "few": np.zeros(32, np.uint16)}
     with pytest.raises(ConfigError, match="source few has 32 tokens: too few for a window of 32"):
         Trainer(CONFIG, RECIPE, small)
+
+
+def test_what_is_stopped_leaves_a_checkpoint_and_goes_on_exactly(tmp_path: Path) -> None:
+    def asked() -> bool:
+        return trainer.step == 3
+
+    saves: list[int] = []
+    trainer = Trainer(CONFIG, RECIPE, sources())
+    done = run(trainer, tmp_path, {}, Listener(), lambda: saves.append(trainer.step), asked)
+    assert (done, saves) == (False, [3])
+    trainer = Trainer(CONFIG, RECIPE, sources())
+    trainer.restore(load_checkpoint(tmp_path / "ckpt.pt"))
+    assert run(trainer, tmp_path, {}, Listener(), lambda: None)
+    assert run(Trainer(CONFIG, RECIPE, sources()), tmp_path / "..", {}, Listener(), lambda: None)
+    log, whole = (tmp_path / "log.jsonl").read_text(), (tmp_path / ".." / "log.jsonl").read_text()
+    both = [[json.loads(line)["loss"] for line in each.splitlines()] for each in (log, whole)]
+    assert both[0] == both[1]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    trainer = Trainer(CONFIG, replace(RECIPE, learning_rate=1e30), sources())
+    with pytest.raises(ConfigError, match=r"the loss is \w+ after step \d: learning_rate must be "):
+        run(trainer, tmp_path, {}, Listener(), lambda: None)
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = [f'{{"loss": 1, "step": {step}}}\n' for step in range(1, 6)]
+    path.write_text("".join(lines) + '{"loss": 1, "st')  # killed as it wrote
+    trim_log(path, 5)
+    assert path.read_text() == "".join(lines)
+    trim_log(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    trim_log(path, 0)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_checkpoint_that_was_cut_is_named(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "ckpt.pt"
+    Trainer(CONFIG, RECIPE, sources()).save(path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ConfigError, match=r"ckpt.pt cannot be read as a checkpoint: "):
+        load_checkpoint(path)
+
+
+def test_an_end_that_comes_too_late_is_refused() -> None:
+    trainer = Trainer(CONFIG, RECIPE, sources())
+    trainer.step = 4
+    state = trainer.checkpoint()
+    longer = Trainer(CONFIG, replace(RECIPE, steps=70), sources())
+    longer.restore(state)  # the learning rate still stays
+    trainer.end_in(3)
+    with pytest.raises(ConfigError, match=r"steps is 70, and was 7 when .* fall, at step 4"):
+        longer.restore(trainer.checkpoint())
 
 
 def test_a_checkpoint_of_another_network_is_refused() -> None:

@@ -73,29 +73,84 @@ def test_text_in_a_model_that_the_engine_serves_out(texts: Path, tmp_path: Path)
     assert len(completion.token_ids) == 5
 
 
-def test_a_run_that_was_stopped_goes_on_exactly(texts: Path, tmp_path: Path) -> None:
-    train(texts, tmp_path / "whole")
-    toy = texts.parent / "toy.toml"
-    toy.write_text(f"{TOY}save_seconds = 0\n", encoding="utf-8")
-    stopped = tmp_path / "stopped"
-    # The learning rate stays until step 10 of 12: up to there the runs are the same.
+def disturbed(texts: Path, model: Path, how: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, with something done to it first."""
     program = (
-        "import sys; from weights import train_command, train\n"
-        "step = train.Trainer.train_step\n"
-        "def until_six(self):\n"
-        "    if self.step == 6: raise KeyboardInterrupt\n"
-        "    return step(self)\n"
-        "train.Trainer.train_step = until_six\n"
-        "train_command.app(sys.argv[1:])\n"
+        "import os, signal, sys\nfrom weights import train, train_command, whole\n"
+        f"{how}\ntry: train_command.app(sys.argv[1:])\n"
+        "except train_command.RopewayError as error: sys.exit(f'error: {error}')\n"
     )
-    arguments = [sys.executable, "-c", program, *command(texts, stopped)]
-    interrupted = subprocess.run(arguments, check=False, capture_output=True)
-    assert interrupted.returncode != 0
-    assert losses(stopped) == losses(tmp_path / "whole")[:6]
+    arguments = [sys.executable, "-c", program, *command(texts, model, *more)]
+    return subprocess.run(arguments, check=False, capture_output=True, text=True)
+
+
+INTERRUPTED = """
+step = train.Trainer.train_step
+def in_the_midst(self):
+    if self.step == 6: os.kill(os.getpid(), signal.{name})
+    return step(self)
+train.Trainer.train_step = in_the_midst
+"""
+KILLED = """
+fsync, checkpoints = os.fsync, []
+def killed(file):
+    checkpoints.append(os.readlink(f"/proc/self/fd/{file}").endswith("ckpt.pt.partial"))
+    if sum(checkpoints) == 4:
+        os.ftruncate(file, 1000)
+        os._exit(9)
+    fsync(file)
+whole.os.fsync = killed
+"""
+FULL = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_what_is_interrupted_in_the_midst_of_a_step_goes_on_exactly(
+    texts: Path, tmp_path: Path, name: str, status: int
+) -> None:
+    train(texts, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    interrupted = disturbed(texts, stopped, INTERRUPTED.format(name=name))
+    assert interrupted.returncode == status
+    assert "stopped after step 7: --resume goes on from there" in interrupted.stderr
+    assert losses(stopped) == losses(tmp_path / "whole")[:7]
+    assert (stopped / "model.safetensors").exists()
     with pytest.raises(ConfigError, match="holds a run already: --resume goes on"):
         train(texts, stopped)
-    assert train(texts, stopped, "--resume").exit_code == 0
+    # without --config: with the settings of the run
+    resumed = CliRunner().invoke(
+        app, [str(texts), str(stopped), "--resume", "--device", "cpu"], catch_exceptions=False
+    )
+    assert resumed.exit_code == 0
     assert losses(stopped) == losses(tmp_path / "whole")
+
+
+def test_what_is_killed_while_it_writes_a_checkpoint_goes_on_exactly(
+    texts: Path, tmp_path: Path
+) -> None:
+    train(texts, tmp_path / "whole")
+    (texts.parent / "toy.toml").write_text(f"{TOY}save_seconds = 0\n", encoding="utf-8")
+    killed = tmp_path / "killed"
+    assert disturbed(texts, killed, KILLED).returncode == 9
+    assert (killed / "run" / "ckpt.pt.partial").stat().st_size == 1000
+    assert len(losses(killed)) == 4  # one more than the checkpoint has
+    assert train(texts, killed, "--resume").exit_code == 0
+    assert losses(killed) == losses(tmp_path / "whole")
+    lines = (killed / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum('"loss"' in line for line in lines) == 12  # each step once
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(texts: Path, tmp_path: Path) -> None:
+    train(texts, tmp_path / "whole")
+    room = (tmp_path / "whole" / "run" / "ckpt.pt").stat().st_size - 1
+    model = tmp_path / "model"
+    assert disturbed(texts, model, INTERRUPTED.format(name="SIGINT")).returncode == 130
+    full = disturbed(texts, model, FULL.format(size=room), "--resume")
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1] == f"error: {model}/run/ckpt.pt: File too large"
+    assert [path.name for path in (model / "run").glob("ckpt*")] == ["ckpt.pt"]
+    assert train(texts, model, "--resume").exit_code == 0
+    assert losses(model) == losses(tmp_path / "whole")
 
 
 def test_several_processes_train_the_same_model(texts: Path, tmp_path: Path) -> None:
@@ -114,7 +169,69 @@ def test_what_cannot_be_trained_is_said(texts: Path, tmp_path: Path) -> None:
         train(texts, model, "--resume")
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda; got 'tpu'"):
         train(texts, model, "--device", "tpu")
+    with pytest.raises(ConfigError, match=r"toy.toml/run: Not a directory"):
+        train(texts, tmp_path / "toy.toml")
     assert train(texts, model).exit_code == 0
+    with pytest.raises(ConfigError, match=r"training.learning_rate was 0.003 when this run began"):
+        train(texts, model, "--resume", "--learning-rate", "1")
+    with pytest.raises(ConfigError, match=r"steps is 20, and was 12 when the learning rate began"):
+        train(texts, model, "--resume", "--steps", "20")
+    assert train(texts, model, "--resume").exit_code == 0
     (texts / "one.txt").write_text("Another text.", encoding="utf-8")
     with pytest.raises(ConfigError, match="has changed since"):
         train(texts, model, "--resume")
+    (model / "run" / "ckpt.pt").unlink()
+    with pytest.raises(ConfigError, match=r"holds a model already .* would write over"):
+        train(texts, model)
+
+
+def configure(texts: Path, old: str, new: str) -> None:
+    (texts.parent / "toy.toml").write_text(TOY.replace(old, new), encoding="utf-8")
+
+
+def test_a_vocabulary_that_the_text_does_not_give_is_refused(texts: Path, tmp_path: Path) -> None:
+    (texts / "one.txt").write_text("one two three four " * 50, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"vocab_size must be at most 2\d\d for this text"):
+        train(texts, tmp_path / "model")
+    configure(texts, "vocab_size = 300", "")
+    result = train(texts, tmp_path / "model")
+    assert (result.exit_code, "tokens and no more" in result.stderr) == (0, True)
+    # a tokenizer that lies there is taken, and is what the settings say
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    assert f"taking the tokenizer in {other}" in train(texts, other).stderr.replace("\n", "")
+    third = tmp_path / "third"
+    other.rename(third)
+    for path in (third / "run" / "prepared.json", third / "run" / "ckpt.pt"):
+        path.unlink()
+    (third / "model.safetensors").unlink()
+    configure(texts, "vocab_size = 300", "vocab_size = 400")
+    with pytest.raises(ConfigError, match=r"vocab_size is 400, and the tokenizer that lies in"):
+        train(texts, third)
+
+
+def test_a_text_of_one_byte_is_too_little(texts: Path, tmp_path: Path) -> None:
+    (texts / "one.txt").write_text("a", encoding="utf-8")
+    configure(texts, "vocab_size = 300", "")
+    with pytest.raises(ConfigError, match="source texts has 2 tokens: too few for a window of 32"):
+        train(texts, tmp_path / "model")
+
+
+def test_shares_name_every_source(texts: Path, tmp_path: Path) -> None:
+    (texts / "plays").mkdir()
+    (texts / "plays" / "two.txt").write_bytes(SAMPLE.read_bytes()[:5_000])
+    configure(texts, "[tokenizer]", "[data.weights]\ntexts = 1\n[tokenizer]")
+    with pytest.raises(ConfigError, match=r"data.weights must name every source, and lacks plays"):
+        train(texts, tmp_path / "model")
+    configure(texts, "[tokenizer]", "[data.weights]\ntexts = 1\nplays = 0\n[tokenizer]")
+    assert train(texts, tmp_path / "model").exit_code == 0
+
+
+def test_nothing_of_a_preparation_that_was_stopped_is_read(texts: Path, tmp_path: Path) -> None:
+    left = tmp_path / "model" / "run" / "tokens" / "train"
+    left.mkdir(parents=True)
+    (left / "old.bin").write_bytes(bytes(4000))
+    assert train(texts, tmp_path / "model").exit_code == 0
+    assert [path.name for path in left.iterdir()] == ["texts.bin"]

@@ -1,0 +1,38 @@
+"""Ctrl-C, or a TERM, asks a run to stop when its step is done."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Stop:
+    """While it is entered, `asked` is the signal that came, if any.
+
+    hurried: whether a second Ctrl-C ends the process at once. Not so under torchrun, which repeats
+    what the terminal has told every process already.
+    """
+
+    def __init__(self, *, hurried: bool) -> None:
+        self.hurried = hurried
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, signal.Handlers] = {}
+
+    def __enter__(self) -> Stop:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            self._before[each] = signal.signal(each, self._ask)  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None and number == signal.SIGINT and self.hurried:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number)
