@@ -36,17 +36,20 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError
 from engine.model.loader import read_config
-from engine.scaling import SCALING_OPTIONS, UNSCALED, RopeScaling, ScalingType
+from engine.scaling import UNSCALED, ScalingType
 from weights.experiments.picture import Curve, Panel, draw
-from weights.experiments.search import best_number
 from weights.experiments.small import machine
 from weights.experiments.stretch import (
+    KINDS,
     PARTS,
     Way,
+    best_factor,
     between,
     by_position,
     engine,
+    scaled,
     stretches,
+    try_factors,
     unscaled_copy,
 )
 from weights.experiments.tune import Tuning, fine_tune
@@ -55,7 +58,6 @@ from weights.recipe import Recipe, TrainingConfig
 from weights.tokens import Tokens, open_tokens
 
 DEFAULT = Path(__file__).parents[1] / "default"
-KINDS: tuple[ScalingType, ...] = ("linear", "ntk", "dynamic", "yarn")
 BASELINE = "shift"
 """What the others are compared with: the trained context, moved along."""
 
@@ -63,14 +65,6 @@ TUNED = (BASELINE, "linear", "yarn", "ntk", "none")
 """What is fine-tuned. Dynamic NTK has no one rotation that a network could get used to."""
 
 AFTER = ", fine-tuned"
-
-
-def scaled(kind: ScalingType, factor: float, trained: int) -> Way:
-    """A scaling of the trained context, which is said wherever the formula asks for it."""
-    values: dict[str, Any] = {"type": kind, "factor": factor}
-    if "original_context" in SCALING_OPTIONS[kind]:
-        values["original_context"] = trained
-    return Way(f"{kind}, factor {factor:g}", RopeScaling.from_dict(values))
 
 
 class Experiment:
@@ -145,9 +139,7 @@ class Experiment:
             row = self._read(way, f"{way.name}, other texts", self.others, None)
             return statistics.mean(row["beyond"])
 
-        losses = {float(self.times): measure(self.times)}
-        best_number(losses, measure, least=1)
-        return dict(sorted(losses.items()))
+        return try_factors(self.times, measure)
 
     def tune(self, way: Way, sources: Mapping[str, Tokens], tuning: Tuning) -> dict[str, Any]:
         """What measure() gives after a fine-tune, and step_s: processor seconds per step."""
@@ -274,11 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others = between(held_out, length, options.texts)
     experiment = Experiment(options.model, texts, others, options.times, options.work)
     search = {kind: experiment.search(kind) for kind in tqdm(KINDS, desc="factors")}
-    factors = {}
-    for kind, losses in search.items():
-        best = min(losses, key=losses.__getitem__)
-        # A factor of 1 is no scaling, which has a row of its own.
-        factors[kind] = best if best > 1 else float(options.times)
+    factors = {kind: best_factor(losses, options.times) for kind, losses in search.items()}
     ways = [Way(BASELINE, shift=True), Way("none")]
     ways += [scaled(kind, factor, trained) for kind, factor in factors.items()]
     results = {way.name: experiment.measure(way) for way in tqdm(ways, desc="scalings")}

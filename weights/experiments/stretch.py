@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engine import LLM, RequestOptions
-from engine.scaling import RopeScaling
+from engine.scaling import SCALING_OPTIONS, RopeScaling, ScalingType
+from weights.experiments.search import best_number
 from weights.tokens import Tokens
 
+KINDS: tuple[ScalingType, ...] = ("linear", "ntk", "dynamic", "yarn")
 PARTS = 32
 """Stretches of positions whose mean is a point of the picture."""
 
@@ -106,6 +109,27 @@ class Way:
         options = RequestOptions(overflow="shift") if self.shift else RequestOptions()
         scores = llm.score(list(texts), options, rope=self.rope)
         return [[-each.logprob for each in score.logprobs] for score in scores]
+
+
+def scaled(kind: ScalingType, factor: float, trained: int) -> Way:
+    """A scaling of the trained context, which is said wherever the formula asks for it."""
+    values: dict[str, Any] = {"type": kind, "factor": factor}
+    if "original_context" in SCALING_OPTIONS[kind]:
+        values["original_context"] = trained
+    return Way(f"{kind}, factor {factor:g}", RopeScaling.from_dict(values))
+
+
+def try_factors(times: int, measure: Callable[[float], float]) -> dict[float, float]:
+    """Losses by factor, in order: of `times`, doubled or halved until the best is no edge, or 1."""
+    losses = {float(times): measure(times)}
+    best_number(losses, measure, least=1)
+    return dict(sorted(losses.items()))
+
+
+def best_factor(losses: Mapping[float, float], times: int) -> float:
+    """The factor of the least loss; `times` where that is 1: no scaling, which has its own row."""
+    best = min(losses, key=losses.__getitem__)
+    return best if best > 1 else float(times)
 
 
 def by_position(losses: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -4,8 +4,9 @@
 
 xPos is trained, not chosen afterwards: so this compares networks that were trained alike, one per
 seed, under RoPE and under xPos (Sun et al. 2022, arXiv 2212.10554), and reads texts of `--times`
-their window through the serving engine: with no scaling, and with `overflow: shift`. The work
-folder is that of weights.experiments.positions, which keeps the models. Writes xpos.json and
+their window through the serving engine: with no scaling, with `overflow: shift`, and RoPE's under
+every scaling too, each at the factor that is best on other texts with the first seed's network. The
+work folder is that of weights.experiments.positions, which keeps the models. Writes xpos.json and
 xpos.svg, and prints a table.
 """
 
@@ -17,29 +18,47 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.model.loader import read_config
+from engine.scaling import ScalingType
 from weights.experiments.picture import Curve, Panel, draw
 from weights.experiments.small import SERVED, machine, model_dir
-from weights.experiments.stretch import PARTS, Way, by_position, engine, stretches, unscaled_copy
+from weights.experiments.stretch import (
+    KINDS,
+    PARTS,
+    Way,
+    best_factor,
+    between,
+    by_position,
+    engine,
+    scaled,
+    stretches,
+    try_factors,
+    unscaled_copy,
+)
 from weights.tokens import open_tokens
 
 SHIFT = Way("shift", shift=True)
 NONE = Way("none")
+OTHERS = 4
+"""Of the texts between those reported, every so-manieth is for choosing factors."""
 
 
-def read(folder: Path, texts: Sequence[list[int]], times: int) -> dict[str, dict[str, Any]]:
-    """Nats per token under both ways, over all texts: within the window, beyond it, by position."""
+def read(
+    folder: Path, texts: Sequence[list[int]], times: int, ways: Sequence[Way] = (NONE, SHIFT)
+) -> dict[str, dict[str, Any]]:
+    """Nats per token by way, over all texts: within the window, beyond it, by position."""
     trained = read_config(folder).max_position
     results = {}
     with tempfile.TemporaryDirectory() as copy:
         far = unscaled_copy(folder, Path(copy), times)
-        for way, from_dir in ((NONE, far), (SHIFT, folder)):
-            losses = way.nats(engine(from_dir), texts, trained)
+        for way in ways:
+            losses = way.nats(engine(folder if way.shift else far), texts, trained)
             results[way.name] = {
                 "within": statistics.mean(v for text in losses for v in text[: trained - 1]),
                 "beyond": statistics.mean(v for text in losses for v in text[trained - 1 :]),
@@ -48,6 +67,17 @@ def read(folder: Path, texts: Sequence[list[int]], times: int) -> dict[str, dict
                 ],
             }
     return results
+
+
+def choose(folder: Path, others: Sequence[list[int]], times: int) -> dict[str, dict[float, float]]:
+    """Nats past the window by factor, of each scaling."""
+    trained = read_config(folder).max_position
+
+    def measure(kind: ScalingType, factor: float) -> float:
+        way = scaled(kind, factor, trained)
+        return float(read(folder, others, times, [way])[way.name]["beyond"])
+
+    return {kind: try_factors(times, partial(measure, kind)) for kind in KINDS}
 
 
 def table(document: Mapping[str, Any]) -> str:
@@ -103,12 +133,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = read_config(model_dir(options.work, "RoPE", options.seeds[0])).max_position
     length = options.times * trained
     held_out = open_tokens(options.work / "tokens" / "heldout")
-    texts = stretches(list(held_out.values()), length, options.texts)
+    sources = list(held_out.values())
+    texts = stretches(sources, length, options.texts)
+    others = between(sources, length, options.texts)[::OTHERS]
+    first = model_dir(options.work, "RoPE", options.seeds[0])
+    search = choose(first, others, options.times)
+    chosen = {kind: best_factor(losses, options.times) for kind, losses in search.items()}
+    ways = {name: [NONE, SHIFT] for name in SERVED}
+    ways["RoPE"] += [scaled(kind, chosen[kind], trained) for kind in KINDS]
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in tqdm(options.seeds, desc="networks"):
         for name in SERVED:
             folder = model_dir(options.work, name, seed)
-            for way, result in read(folder, texts, options.times).items():
+            for way, result in read(folder, texts, options.times, ways[name]).items():
                 results.setdefault(f"{name}, {way}", []).append(result)
     document = {
         "machine": machine(),
@@ -117,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "times": options.times,
         "trained": trained,
         "seeds": options.seeds,
+        "others": len(others),
+        "search": search,
         "results": results,
     }
     options.out.mkdir(parents=True, exist_ok=True)

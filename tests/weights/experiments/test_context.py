@@ -11,13 +11,14 @@ import pytest
 from engine.errors import ConfigError
 from engine.scaling import RopeScaling, ScalingType
 from weights.corpus import write_documents
-from weights.experiments.context import BASELINE, main, scaled, summarise
+from weights.experiments.context import BASELINE, main, summarise
 from weights.experiments.stretch import (
     PARTS,
     Way,
     between,
     by_position,
     engine,
+    scaled,
     stretches,
     unscaled_copy,
 )

@@ -49,7 +49,7 @@ def corpus(folder: Path) -> Path:
     """The same text to train on and to measure with."""
     for split in ("train", "heldout"):
         text = SAMPLE.read_text(encoding="utf-8")
-        write_documents(folder / "corpus" / split / "sample.jsonl", [text])
+        write_documents(folder / "corpus" / split / "sample.jsonl", [text] * 3)
     return folder / "corpus"
 
 
@@ -138,7 +138,11 @@ def test_the_experiment_runs_and_goes_on(tmp_path: Path) -> None:
 
     xpos.main(["--work", str(work), "--out", str(out), "--texts", "2", "--seeds", "1", "2"])
     far = json.loads((out / "xpos.json").read_text())
-    assert set(far["results"]) == {"RoPE, none", "RoPE, shift", "xPos, none", "xPos, shift"}
+    names = ["RoPE, none", "RoPE, shift"]
+    for kind, losses in far["search"].items():
+        best = min(losses, key=losses.__getitem__)
+        names.append(f"RoPE, {kind}, factor {float(best) if float(best) > 1 else 8:g}")
+    assert [*far["results"]] == [*names, "xPos, none", "xPos, shift"]
     assert far["length"] == 8 * 192
     for name in ("RoPE", "xPos"):
         runs = zip(far["results"][f"{name}, none"], far["results"][f"{name}, shift"], strict=True)
