@@ -107,16 +107,22 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def panels(document: Mapping[str, Any]) -> list[Panel]:
-    """Nats per token against position."""
-    length = document["length"]
+    """Nats above those of RoPE under shift, on the same tokens and seed, against position."""
+    length, base = document["length"], document["results"]["RoPE, shift"]
     at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
     curves = {
-        name: Curve(at, [run["by_position"] for run in runs])
+        name: Curve(
+            at,
+            [
+                [a - b for a, b in zip(run["by_position"], shifted["by_position"], strict=True)]
+                for run, shifted in zip(runs, base, strict=True)
+            ],
+        )
         for name, runs in document["results"].items()
     }
     title = f"{len(document['seeds'])} networks: mean, least to most"
     across = f"position (trained: {document['trained']})"
-    return [Panel(title, across, "nats per token", curves)]
+    return [Panel(title, across, "nats per token above RoPE, shift", curves)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
