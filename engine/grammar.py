@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import GrammarFailed, InvalidRequest
-from engine.request import Grammar
+from engine.params import Grammar
 
 try:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Targets, Window
+from engine.params import RequestOptions, SamplingParams
+from engine.request import FinishReason, Request, Targets, Window
 from engine.scaling import UNSCALED, RopeScaling
 
 

@@ -13,7 +13,7 @@ from engine import LLM, SamplingParams
 from engine.config import DType
 from engine.core import grammar_vocabulary
 from engine.grammar import Matcher, Vocabulary, masks_of
-from engine.request import Grammar
+from engine.params import Grammar
 from loadtest.figures import percentile, ranged, spread
 from loadtest.machine import Machine
 from loadtest.others import Others

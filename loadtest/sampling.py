@@ -15,7 +15,8 @@ import typer
 
 from engine.execution.cpu_draw import KernelDraw
 from engine.execution.draw import Draw, draw
-from engine.request import Request, SamplingParams
+from engine.params import SamplingParams
+from engine.request import Request
 from loadtest.figures import spread
 
 CASES: dict[str, SamplingParams] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.frontend.tokenizer import Tokenizer
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from server.chat import ChatTemplate
 from server.conversation import Conversation
 from server.options import (

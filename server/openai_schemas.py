@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.errors import InvalidRequest
-from engine.request import MAX_INT, MAX_LOGPROBS, SamplingParams
+from engine.params import MAX_INT, MAX_LOGPROBS, SamplingParams
 from server.schemas import LogprobsField, Prompts, RequestModel, SamplingFields, bounds
 
 MAX_MESSAGES = 1024

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from engine.errors import InvalidRequest
-from engine.request import (
+from engine.params import (
     MAX_BIAS,
     MAX_BIASES,
     MAX_GRAMMAR,

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("engine", "server", "weights", "loadtest")
 VOCABULARY = {
-    f"engine.{name}" for name in ("checks", "config", "errors", "messages", "request", "scaling")
+    f"engine.{name}"
+    for name in ("checks", "config", "errors", "messages", "params", "request", "scaling")
 }
 GRAMMAR = {"engine.grammar"}
 # importer -> what it may import of ours, beside itself; the longest prefix counts
@@ -22,9 +23,10 @@ ARROWS = {
     "engine.checks": {"engine.errors"},
     "engine.scaling": {"engine.checks", "engine.errors"},
     "engine.errors": set[str](),
-    "engine.request": {"engine.errors", "engine.scaling"},
-    "engine.messages": {"engine.request", "engine.scaling"},
-    "engine.grammar": {"engine.errors", "engine.request"},
+    "engine.params": {"engine.errors", "engine.scaling"},
+    "engine.request": {"engine.params", "engine.scaling"},
+    "engine.messages": {"engine.params", "engine.request", "engine.scaling"},
+    "engine.grammar": {"engine.errors", "engine.params"},
     "engine.core": VOCABULARY
     | GRAMMAR
     | {"engine.frontend.tokenizer", "engine.execution", "engine.model", "engine.scheduling"},

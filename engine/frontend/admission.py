@@ -12,17 +12,15 @@ from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.grammar import check as check_grammar
 from engine.messages import AddRequest, EngineReady
-from engine.request import (
+from engine.params import (
     MAX_INT,
     SEED_BITS,
-    SINK_BLOCKS,
     Overflow,
     RequestOptions,
     SamplingParams,
-    Targets,
-    Window,
     no_such_rotation,
 )
+from engine.request import SINK_BLOCKS, Targets, Window
 from engine.scaling import RopeScaling
 
 MAX_CONTEXTS = 64

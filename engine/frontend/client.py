@@ -33,7 +33,8 @@ from engine.messages import (
     ToCore,
     TokenLogprobs,
 )
-from engine.request import RequestOptions, SamplingParams, Targets
+from engine.params import RequestOptions, SamplingParams
+from engine.request import Targets
 from engine.scaling import RopeScaling
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from engine.errors import ConfigError, InvalidRequest
 from engine.frontend.stream import Stream
 from engine.frontend.tokenizer import Tokenizer
-from engine.request import (
+from engine.params import (
     MAX_INT,
     MAX_LOGPROBS,
     MAX_PRIORITY,

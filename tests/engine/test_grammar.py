@@ -20,7 +20,8 @@ from engine import LLM, SamplingParams
 from engine.errors import GrammarFailed, InvalidRequest
 from engine.execution.masks import GrammarMasks
 from engine.grammar import Matcher, Vocabulary, check, masks_of
-from engine.request import FinishReason, Grammar, Request
+from engine.params import Grammar
+from engine.request import FinishReason, Request
 from tests.models import EOS, tiny_config, write_model
 
 SCHEMA = {

@@ -14,7 +14,8 @@ from engine.execution.cpu_draw import KernelDraw
 from engine.execution.draw import NUCLEUS_TOKENS, Draw, nucleus_threshold
 from engine.execution.uniforms import uniforms
 from engine.model.library import KernelUnavailableError, supported_variants
-from engine.request import Request, SamplingParams
+from engine.params import SamplingParams
+from engine.request import Request
 from tests.engine.execution.test_sampler import request
 
 SHARPEST, FLATTEST = 1e-6, 100.0

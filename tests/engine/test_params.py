@@ -7,7 +7,7 @@ import math
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 
 
 @pytest.mark.parametrize(
