@@ -22,7 +22,7 @@ from typing import Any
 from engine.errors import CheckpointError, TokenizerError
 from engine.frontend.preparation import AddedToken, Preparation, nfc
 from engine.frontend.tokenizer import CONFIG_FILE, RANKS_FILE, Tokenizer
-from weights.files import read_json
+from engine.model.files import read_json
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_RANKS = 50_256
@@ -180,7 +180,7 @@ def _vocabulary(
 
 def _library() -> Any:
     try:
-        import tokenizers  # noqa: PLC0415
+        import tokenizers  # noqa: PLC0415  # of an extra
     except ImportError as error:
         raise TokenizerError(
             "converting this tokenizer needs the `tokenizers` library: pip install tokenizers"

@@ -13,11 +13,12 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.gpt2 import GPT2
+from engine.model.loader import FLOAT_TYPES
 from weights.files import SETTINGS_FILES
 from weights.formats.recognition import recognise
 from weights.formats.rotation import from_frequencies, learned
 from weights.formats.table import ROPE_FIELDS, Format, Layout, Setting
-from weights.source import DTYPES, Source, StoredTensor
+from weights.source import Source, StoredTensor
 
 LEARNED = "learned_frequencies"
 FREQUENCIES = "inv_freq"
@@ -333,10 +334,10 @@ def _check_tensor(tensor: StoredTensor, shape: Iterable[int]) -> None:
             f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, "
             f"{list(shape)} is needed"
         )
-    if tensor.dtype not in DTYPES.values():
+    if tensor.dtype not in FLOAT_TYPES.values():
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}; one of "
-            f"{', '.join(DTYPES)} is needed"
+            f"{', '.join(FLOAT_TYPES)} is needed"
         )
 
 
