@@ -29,7 +29,14 @@ ARROWS = {
     "engine.grammar": {"engine.errors", "engine.params"},
     "engine.core": VOCABULARY
     | GRAMMAR
-    | {"engine.frontend.tokenizer", "engine.execution", "engine.model", "engine.scheduling"},
+    | {
+        "engine.execution",
+        "engine.frontend.tokenizer",
+        "engine.model",
+        "engine.resources",
+        "engine.scheduling",
+    },
+    "engine.resources": VOCABULARY | {"engine.model"},
     "engine.llm": VOCABULARY | {"engine.core", "engine.frontend"},
     "engine.frontend": VOCABULARY | GRAMMAR,
     "engine.scheduling": VOCABULARY,
