@@ -167,7 +167,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidRequest(
                     f"stop_token_ids must hold integers, got {token_id!r}", "stop_token_ids"
                 )
-            _within("stop_token_ids", token_id, 0, MAX_INT)
+            within("stop_token_ids", token_id, 0, MAX_INT)
 
     def _check_stop_strings(self) -> None:
         if not isinstance(self.stop, tuple | list):
@@ -204,7 +204,7 @@ def _check_number(
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"{field} must be a number, got {value!r}", field)
-    _within(field, value, low, high, open_low)
+    within(field, value, low, high, open_low)
 
 
 def _check_integer(owner: object, field: str, low: int, high: int) -> None:
@@ -213,10 +213,11 @@ def _check_integer(owner: object, field: str, low: int, high: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
-    _within(field, value, low, high)
+    within(field, value, low, high)
 
 
-def _within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+def within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    """Raises InvalidRequest unless low <= value <= high, or low < value where low is open."""
     # Comparisons with NaN are false, so it is never within.
     if (low < value if open_low else low <= value) and value <= high:
         return

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.errors import InvalidRequest
-from engine.params import MAX_INT, MAX_LOGPROBS, SamplingParams
+from engine.params import MAX_INT, MAX_LOGPROBS, SamplingParams, within
 from server.schemas import LogprobsField, Prompts, RequestModel, SamplingFields, bounds
 
 MAX_MESSAGES = 1024
@@ -172,23 +172,15 @@ class ChatRequest(OpenAIRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            raise InvalidRequest(
-                f"top_logprobs must be at least 0 and at most {MAX_LOGPROBS}, got "
-                f"{self.top_logprobs}",
-                "top_logprobs",
-            )
+        if self.top_logprobs is not None:
+            within("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
         if self.max_completion_tokens is not None:
             if self.max_tokens is not None:
                 raise InvalidRequest(
                     "max_completion_tokens and max_tokens are the same; give one of them",
                     "max_completion_tokens",
                 )
-            if self.max_completion_tokens < 1:
-                raise InvalidRequest(
-                    f"max_completion_tokens must be at least 1, got {self.max_completion_tokens}",
-                    "max_completion_tokens",
-                )
+            within("max_completion_tokens", self.max_completion_tokens, 1, MAX_INT)
 
     def num_logprobs(self) -> int | None:
         """top_logprobs, where log-probabilities are asked for."""

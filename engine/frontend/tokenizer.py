@@ -45,18 +45,20 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    if missing_ok and not path.is_file():
-        return {}
+def read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json. Raises TokenizerError where it is no JSON object."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_json(path)
+def _read_split(path: Path) -> dict[str, Any]:
+    """The settings of a byte-level BPE, of which the split and the special tokens are checked."""
+    config = read_config(path)
     if not isinstance(config.get("pattern"), str):
         raise TokenizerError(f"{path}: needs a text `pattern`, the regular expression of the split")
     special = config.get("special_tokens", {})
@@ -109,10 +111,11 @@ class Tokenizer:
         """The tokenizer of a model directory. Raises TokenizerError, naming the file."""
         path = directory / RANKS_FILE
         if not path.is_file():
-            if "characters" in _read_json(directory / CONFIG_FILE, missing_ok=True):
+            settings = directory / CONFIG_FILE
+            if settings.is_file() and "characters" in read_config(settings):
                 return CharacterTokenizer.from_directory(directory)
             raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
-        config = _read_config(directory / CONFIG_FILE)
+        config = _read_split(directory / CONFIG_FILE)
         try:
             preparation = Preparation.from_config(config)
         except TokenizerError as error:
@@ -189,7 +192,7 @@ class CharacterTokenizer(Tokenizer):
     def from_directory(cls, directory: Path) -> Tokenizer:
         """From `characters` in tokenizer_config.json. Raises TokenizerError, naming the file."""
         path = directory / CONFIG_FILE
-        characters = _read_json(path).get("characters")
+        characters = read_config(path).get("characters")
         if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
             raise TokenizerError(f"{path}: `characters` must be a list of texts")
         try:
