@@ -66,7 +66,20 @@ class Request:
     """One stream of tokens in the engine. Only the scheduler writes to it.
 
     token_ids is the prompt and then the output. num_computed_tokens of them have their keys and
-    values in the cache, at the pages of block_table, whose first positions are bases.
+    values in the cache, at the pages of block_table, whose first positions are bases; of its window
+    num_dropped_blocks pages are gone. num_scored of its targets are done.
+
+    arrival: when it came, in seconds on the scheduler's clock; scheduled: when its first step
+    began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
+    num_remembered_blocks pages of the table are known to that cache under the number `prefix`, None
+    where they cannot be. num_shared_blocks: leading pages of the prompt that lie in a declared
+    prefix, so that they are known without the salt.
+
+    scaling: the rotation in force while it runs, at the row `profile` of the engine's tables, until
+    its span is more than steady_until.
+
+    turn: where it stands in the queue, least first; its second part numbers the arrivals. pinned:
+    it runs and may not be preempted. suspect: it runs alone until its next token.
     """
 
     __slots__ = (
@@ -117,25 +130,11 @@ class Request:
         targets: Targets | None = None,
         output_token_ids: list[int] | None = None,
         choice: int = 0,
-        arrival: float = 0.0,
         suspect: bool = False,
     ) -> None:
-        """window: where it may outgrow the context, and shifts then; num_dropped_blocks: by how
-        many pages it has. targets: what of its prompt is scored, of which the first num_scored
-        are done. output_token_ids: what an earlier engine had generated for it already.
-
-        arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
-        began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
-        num_remembered_blocks pages of the table are known to that cache under the number `prefix`,
-        None where they cannot be. num_shared_blocks: leading pages of the prompt that lie in a
-        declared prefix, so that they are known without the salt.
-
-        scaling: the rotation in force while it runs, at the row `profile` of the engine's tables,
-        until its span is more than steady_until.
-
-        turn: where it stands in the queue, least first; its second part numbers the arrivals.
-        pinned: it runs and may not be preempted. suspect: an engine died while it computed this
-        one, among others perhaps; so it runs alone until its next token.
+        """window: where it may outgrow the context, and shifts then. targets: what of its prompt is
+        scored. output_token_ids: what an earlier engine had generated for it already. suspect: an
+        engine died while it computed this one, among others perhaps.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
@@ -149,7 +148,7 @@ class Request:
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
         self.choice = choice
-        self.arrival = arrival
+        self.arrival = 0.0
         self.scheduled: float | None = None
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -163,7 +162,7 @@ class Request:
         self.num_shared_blocks = 0
         self.prefix: int | None = None
         self.num_preemptions = 0
-        self.turn = (arrival, 0)
+        self.turn = (0.0, 0)
         self.pinned = False
         self.suspect = suspect
         self.block_table: list[int] = []

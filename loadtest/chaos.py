@@ -4,7 +4,6 @@ too small by half. What survives must be what a run alone gives, and nothing may
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import statistics
 import time
@@ -20,8 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engine import LLM, Completion, RequestOptions, SamplingParams
+from engine.config import DType
 from engine.messages import EngineReady
 from loadtest.crowd import MANNERS, Crowd, Seen
+from loadtest.report import write
 from loadtest.servers import free_port
 from loadtest.victim import Footprint, Victim, victim
 
@@ -232,7 +233,7 @@ def verdict(rounds: Sequence[Round], exit_status: int) -> list[str]:
 
 async def run(
     model: Path,
-    dtype: str,
+    dtype: DType,
     threads: int,
     port: int,
     plan: Plan,
@@ -242,7 +243,7 @@ async def run(
     """Runs alone, then the rounds, then SIGTERM. tell: called with each round as it ends."""
     llm = LLM(
         model,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by LLM
+        dtype=dtype,
         threads=threads,
         max_num_seqs=1,
         max_num_batched_tokens=4096,
@@ -290,7 +291,7 @@ def chaos(
     model: Annotated[
         Path, typer.Option(help="Model directory.", show_default="the shipped model")
     ] = DEFAULT_MODEL,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="auto: as the server chooses.")] = "auto",
     threads: Annotated[int, typer.Option(help="Engine threads.", min=1)] = 1,
     streams: Annotated[int, typer.Option(help="Clients in each round.", min=1)] = 200,
     rounds: Annotated[int, typer.Option(help="How often; the same requests.", min=1)] = 10,
@@ -323,10 +324,7 @@ def chaos(
         document = asyncio.run(
             run(model, dtype, threads, free_port(), plan, lambda: bar.advance(task), tell)
         )
-    text = json.dumps(document, indent=2)
-    print(text)
-    if json_file is not None:
-        json_file.write_text(text + "\n")
+    write(document, json_file)
     for reason in document["failed"]:
         console.print(reason, style="red", markup=False)
     console.print(

@@ -88,8 +88,7 @@ class Wanted:
 
     def llm(self, directory: Path) -> LLM:
         """The model. Raises CheckpointError, TokenizerError or ConfigError."""
-        # This loads PyTorch, which the other commands do without.
-        from engine.llm import LLM  # noqa: PLC0415
+        from engine.llm import LLM  # noqa: PLC0415  # loads PyTorch
 
         return LLM(
             directory,
