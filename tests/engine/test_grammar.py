@@ -45,7 +45,7 @@ def llm(tiny_model_dir: Path) -> LLM:
 
 
 def params(grammar: Grammar | None, seed: int, **settings: object) -> SamplingParams:
-    return SamplingParams(grammar=grammar, seed=seed, max_tokens=100, **settings)  # type: ignore[arg-type]
+    return SamplingParams(grammar=grammar, seed=seed, max_tokens=100, **settings)  # type: ignore[arg-type]  # by name
 
 
 @pytest.mark.parametrize("temperature", [0, 1, 2])
