@@ -37,6 +37,11 @@ class Grammar(msgspec.Struct, frozen=True):
     kind: Literal["json_schema", "regex", "choice"]
     text: str
 
+    @property
+    def field(self) -> str:
+        """What requests call it."""
+        return "response_format" if self.kind == "json_schema" else self.kind
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the next token. Checked when made; the defaults leave the model as it is.
@@ -100,6 +105,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_integer(self, "seed", 0, 2**SEED_BITS - 1)
         _check_integer(self, "max_tokens", 1, MAX_INT)
         _check_integer(self, "logprobs", 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest(
+                f"ignore_eos must be true or false, got {self.ignore_eos!r}", "ignore_eos"
+            )
         self._check_stop_strings()
         self._check_stop_token_ids()
         self._check_logit_bias()
@@ -135,16 +144,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def _check_grammar(self) -> None:
         if self.grammar is None:
             return
-        if len(self.grammar.text) > MAX_GRAMMAR:
+        if not isinstance(self.grammar, Grammar):
+            raise InvalidRequest(f"grammar must be a Grammar, got {self.grammar!r}", "grammar")
+        field, length = self.grammar.field, len(self.grammar.text)
+        if length > MAX_GRAMMAR:
             raise InvalidRequest(
-                f"{self.grammar.kind} can have at most {MAX_GRAMMAR} characters, got "
-                f"{len(self.grammar.text)}",
-                self.grammar.kind,
+                f"{field} can have at most {MAX_GRAMMAR} characters, got {length}", field
             )
         if self.ignore_eos:
             raise InvalidRequest(
-                f"ignore_eos cannot go with {self.grammar.kind}, whose end is the output's",
-                "ignore_eos",
+                f"ignore_eos cannot go with {field}, whose end is the output's", "ignore_eos"
             )
 
     def _check_rope(self) -> None:
