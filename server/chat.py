@@ -13,7 +13,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest, TokenizerError
-from engine.frontend.tokenizer import CONFIG_FILE, Tokenizer, read_config
+from engine.files import read_json
+from engine.frontend.tokenizer import CONFIG_FILE, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 PLAIN = (
@@ -63,7 +64,8 @@ class ChatTemplate:
         """chat_template.jinja of a model directory, `chat_template` of its tokenizer_config.json,
         or the plain one. Raises TokenizerError, naming the file."""
         file, settings = directory / TEMPLATE_FILE, directory / CONFIG_FILE
-        config = read_config(settings) if settings.is_file() else {}  # not all tokenizers have it
+        # Not every tokenizer has one.
+        config = read_json(settings, TokenizerError) if settings.is_file() else {}
         where = file if file.is_file() else settings
         source = config.get("chat_template")
         if where == file:

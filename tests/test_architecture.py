@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("engine", "server", "weights", "loadtest")
 VOCABULARY = {
     f"engine.{name}"
-    for name in ("checks", "config", "errors", "messages", "params", "request", "scaling")
+    for name in ("checks", "config", "errors", "files", "messages", "params", "request", "scaling")
 }
 GRAMMAR = {"engine.grammar"}
 # importer -> what it may import of ours, beside itself; the longest prefix counts
@@ -23,6 +23,7 @@ ARROWS = {
     "engine.checks": {"engine.errors"},
     "engine.scaling": {"engine.checks", "engine.errors"},
     "engine.errors": set[str](),
+    "engine.files": {"engine.errors"},
     "engine.params": {"engine.errors", "engine.scaling"},
     "engine.request": {"engine.params", "engine.scaling"},
     "engine.messages": {"engine.params", "engine.request", "engine.scaling"},

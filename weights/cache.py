@@ -26,7 +26,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
-from engine.model.files import read_json
+from engine.files import read_json
 from weights.files import checkpoint_files, weights_file
 from weights.summary import Summary, found, show
 

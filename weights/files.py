@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import CheckpointError
-from engine.model.files import shards_in
+from engine.files import shards_in
 
 SETTINGS_FILES = ("config.json", "model_config.yaml")
 LITGPT = ("lit_model.pth", "model_config.yaml")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.model.files import read_json
+from engine.files import read_json
 from engine.model.loader import FLOAT_TYPES
 from weights.files import settings_file, shards_of, weights_file
 

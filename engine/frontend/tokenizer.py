@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 import tiktoken
 
 from engine.errors import TokenizerError
+from engine.files import read_json
 from engine.frontend.preparation import CHARACTERS_PER_BYTE, Preparation
 
 RANKS_FILE = "tokenizer.tiktoken"
@@ -45,20 +45,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json. Raises TokenizerError where it is no JSON object."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _read_split(path: Path) -> dict[str, Any]:
     """The settings of a byte-level BPE, of which the split and the special tokens are checked."""
-    config = read_config(path)
+    config = read_json(path, TokenizerError)
     if not isinstance(config.get("pattern"), str):
         raise TokenizerError(f"{path}: needs a text `pattern`, the regular expression of the split")
     special = config.get("special_tokens", {})
@@ -112,7 +101,7 @@ class Tokenizer:
         path = directory / RANKS_FILE
         if not path.is_file():
             settings = directory / CONFIG_FILE
-            if settings.is_file() and "characters" in read_config(settings):
+            if settings.is_file() and "characters" in read_json(settings, TokenizerError):
                 return CharacterTokenizer.from_directory(directory)
             raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
         config = _read_split(directory / CONFIG_FILE)
@@ -192,7 +181,7 @@ class CharacterTokenizer(Tokenizer):
     def from_directory(cls, directory: Path) -> Tokenizer:
         """From `characters` in tokenizer_config.json. Raises TokenizerError, naming the file."""
         path = directory / CONFIG_FILE
-        characters = read_config(path).get("characters")
+        characters = read_json(path, TokenizerError).get("characters")
         if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
             raise TokenizerError(f"{path}: `characters` must be a list of texts")
         try:

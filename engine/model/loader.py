@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.model.files import read_json, shards_in
+from engine.files import read_json, shards_in
 from engine.model.gpt2 import GPT2
 
 CONFIG_FILE = "config.json"

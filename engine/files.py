@@ -1,4 +1,4 @@
-"""JSON files of a model: settings, and the index of a model in shards. Loads no PyTorch."""
+"""Files of a model that hold JSON: its settings, its tokenizer's, the index of its shards."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, RopewayError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+def read_json(path: Path, refusal: type[RopewayError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object. Raises the refusal, naming the file, where it cannot be read or is none."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        raise refusal(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise refusal(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
