@@ -52,13 +52,16 @@ class OpenAIRequest(SamplingFields):
     def _known(cls, body: object) -> object:
         return _refuse(body, cls.unsupported)
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with the usage. Raises InvalidRequest."""
+    def check(self) -> None:
+        """What the fields mean together. Raises InvalidRequest."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "stream_options needs stream to be true, got false", "stream_options"
             )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -80,6 +83,7 @@ class CompletionRequest(OpenAIRequest, LogprobsField):
 
     def check(self) -> None:
         """What the fields mean together. Raises InvalidRequest."""
+        super().check()
         if self.best_of is not None and self.best_of != self.n:
             raise InvalidRequest(
                 f"best_of must be n ({self.n}), got {self.best_of}: choosing from more is not "
@@ -163,6 +167,7 @@ class ChatRequest(OpenAIRequest):
 
     def check(self) -> None:
         """What the fields mean together. Raises InvalidRequest."""
+        super().check()
         if not self.messages:
             raise InvalidRequest("messages must hold at least one message, got none", "messages")
         if len(self.messages) > MAX_MESSAGES:
