@@ -21,7 +21,7 @@ from engine.messages import (
     StepOutput,
     ToCore,
 )
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 
 
 class SteppedCore(EngineCore):
