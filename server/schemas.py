@@ -371,33 +371,3 @@ class OpenAIErrorBody(BaseModel):
     """The same under /v1/, in OpenAI's shape."""
 
     error: OpenAIErrorDetail
-
-
-class TokenizeRequest(RequestModel):
-    """Text to token ids."""
-
-    text: str
-
-
-class TokenizeResponse(BaseModel):
-    """Token ids, as the model sees the text."""
-
-    token_ids: list[int]
-
-
-class DetokenizeRequest(RequestModel):
-    """Token ids to text."""
-
-    token_ids: list[int]
-
-
-class DetokenizeResponse(BaseModel):
-    """The text; bytes that are not UTF-8 become U+FFFD."""
-
-    text: str
-
-
-class StatusResponse(BaseModel):
-    """A probe that succeeded."""
-
-    status: Literal["ok", "ready"]
