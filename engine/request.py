@@ -345,7 +345,7 @@ class Request:
         "status",
         "steady_until",
         "stop_token_ids",
-        "suspect",
+        "suspect_at",
         "targets",
         "token_ids",
         "turn",
@@ -367,7 +367,7 @@ class Request:
         output_token_ids: list[int] | None = None,
         choice: int = 0,
         arrival: float = 0.0,
-        suspect: bool = False,
+        suspect_at: int | None = None,
     ) -> None:
         """window: where it may outgrow the context, and shifts then; num_dropped_blocks: by how
         many pages it has. targets: what of its prompt is scored, of which the first num_scored
@@ -383,8 +383,8 @@ class Request:
         until its span is more than steady_until.
 
         turn: where it stands in the queue, least first; its second part numbers the arrivals.
-        pinned: it runs and may not be preempted. suspect: an engine died while it computed this
-        one, among others perhaps; so it runs alone until its next token.
+        pinned: it runs and may not be preempted. suspect_at: an engine died while it computed this
+        token of the output, among other requests perhaps; so it runs alone until it has it.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
@@ -414,7 +414,7 @@ class Request:
         self.num_preemptions = 0
         self.turn = (arrival, 0)
         self.pinned = False
-        self.suspect = suspect
+        self.suspect_at = suspect_at
         self.block_table: list[int] = []
         self.bases: list[int] = []
 
@@ -436,6 +436,11 @@ class Request:
         if self.targets is None or self.num_scored == len(self.targets.token_ids):
             return None
         return self.targets.first + self.num_scored
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an engine may have died of it."""
+        return self.suspect_at is not None
 
     @property
     def num_output_tokens(self) -> int:
