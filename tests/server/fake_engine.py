@@ -23,6 +23,7 @@ from engine.messages import (
     ToCore,
 )
 from engine.request import FinishReason
+from tests.patience import PATIENCE
 
 EOS = 256
 READY = EngineReady(
@@ -96,7 +97,7 @@ class FakeEngine:
             msgspec.structs.replace(ready, suspects=dict(suspects or {}), poisoned=list(poisoned))
         )
 
-    async def expect(self, kind: type[M], timeout: float = 2.0) -> M:
+    async def expect(self, kind: type[M], timeout: float = PATIENCE) -> M:
         """The next message, which must be of a kind."""
         message = await self.next(timeout)
         assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
