@@ -29,6 +29,7 @@ from locust.env import Environment
 from locust.event import EventHook
 from locust.runners import MasterRunner, WorkerRunner
 
+from loadtest.address import Address
 from loadtest.scenarios import SCENARIOS
 from loadtest.stream import Client, Generation
 
@@ -137,6 +138,8 @@ def add_options(parser: LocustArgumentParser) -> None:
     parser.add_argument(
         "--load-seconds", type=float, default=0.0, help="send for so long; 0: until stopped"
     )
+    parser.add_argument("--api-key", default="", is_secret=True, help="sent with every request")
+    parser.add_argument("--ssl-cafile", default="", help="certificates to trust, for https://")
     parser.add_argument("--load-seed", type=int, default=0)
     parser.add_argument(
         "--records", help="write every request here, as JSON", include_in_web_ui=False
@@ -166,7 +169,9 @@ class Source(User):
         if self._rate <= 0:
             raise ValueError(f"--source-rate must be greater than 0, got {self._rate:g}")
         self._records: Records = self.environment.records
-        self._client = Client(str(self.host), options.silence)
+        cafile = Path(options.ssl_cafile) if options.ssl_cafile else None
+        address = Address(str(self.host), options.api_key or None, cafile)
+        self._client = Client(address, options.silence)
         worker = getattr(self.environment.runner, "worker_index", 0)
         self._rng = random.Random(f"{options.load_seed}.{worker}.{Source._started}")
         Source._started += 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from loadtest import stream
+from loadtest.address import Address
 from loadtest.stream import CUT, LEFT, OK, Client, Generation
 from tests.patience import PATIENCE
 
@@ -57,7 +58,7 @@ def answer() -> Iterator[Answer]:
 
 def run(url: str, late: float = 0.0, leaves_after: int | None = None) -> Generation:
     generation = Generation("steady", time.time() - late, 3)
-    Client(url, PATIENCE).run(generation, (1, 2, 3), 8, leaves_after)
+    Client(Address(url), PATIENCE).run(generation, (1, 2, 3), 8, leaves_after)
     return generation
 
 
@@ -121,4 +122,4 @@ def test_nobody_there() -> None:
         port = listener.getsockname()[1]
     assert run(f"http://127.0.0.1:{port}").outcome == "ConnectionRefusedError"
     with pytest.raises(ValueError, match="got 'localhost:8000'"):
-        Client("localhost:8000", 1.0)
+        Address("localhost:8000")
