@@ -36,7 +36,7 @@ LIMIT_BYTES = 1_200_000_000
 CUDA_NAMES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libtorch_cuda", "nvidia_")
 SERVES = "serves, is checked, drains and stops"
 WORKS = {"cpu": SERVES, "cuda": SERVES, "loadtest": "loads a server and reports"}
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 DRAIN_SECONDS = 180
 HOST_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -280,7 +280,7 @@ def try_image(image: Image, work: Path) -> None:
         stream = server.post(prompt="The old captain", max_tokens=800, ignore_eos=True)
         head = stream.readline() + stream.readline()
         server.terminate()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + START_SECONDS
         while server.healthy and time.monotonic() < deadline:
             time.sleep(0.02)
         refused = server.post(prompt="x", max_tokens=1).status
