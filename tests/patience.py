@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds, many times what the slowest machine needs: only a test that fails waits so long."""

@@ -74,7 +74,7 @@ class Toy:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=5 * PATIENCE,
+            timeout=2 * PATIENCE,
             check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"

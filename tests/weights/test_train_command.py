@@ -105,7 +105,7 @@ def test_several_processes_train_the_same_model(texts: Path, tmp_path: Path) -> 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     module = ["--nproc-per-node", "2", "-m", "weights.train_command"]
     subprocess.run(
-        [*torchrun, *module, *command(texts, together)], check=True, timeout=5 * PATIENCE
+        [*torchrun, *module, *command(texts, together)], check=True, timeout=2 * PATIENCE
     )
     assert losses(together) == pytest.approx(losses(tmp_path / "alone"), abs=2e-3)
     assert (together / "model.safetensors").exists()
