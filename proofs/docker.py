@@ -37,7 +37,7 @@ CUDA_NAMES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libtorch_cuda", 
 SERVES = "serves, is checked, drains and stops"
 WORKS = {"cpu": SERVES, "cuda": SERVES, "loadtest": "loads a server and reports"}
 START_SECONDS = 300.0
-DRAIN_SECONDS = 180
+DRAIN_SECONDS = 1800
 HOST_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -232,7 +232,7 @@ class Container:
 
     def post(self, **body: object) -> http.client.HTTPResponse:
         """POST /generate."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS)
         connection.request(
             "POST", "/generate", json.dumps(body), {"Content-Type": "application/json"}
         )
