@@ -185,8 +185,8 @@ class Container:
                 stderr=subprocess.STDOUT,
             )
         self.pid = self._first_child()
-        while self.execute("true") and self._process.poll() is None:
-            time.sleep(0.01)  # the mounts are made
+        while not self._in_its_root and self._process.poll() is None:
+            time.sleep(0.01)
 
     def _first_child(self) -> int:
         """The container's process 1, as seen from here."""
@@ -196,6 +196,15 @@ class Container:
                 return int(pids[0])
             time.sleep(0.01)
         raise Failed(f"it did not start:\n{self._log.read_text()}")
+
+    @property
+    def _in_its_root(self) -> bool:
+        """Whether the mounts are made. Nothing is run inside to find out: to read a file there is
+        to note when, and a root that is being written to cannot be made read-only."""
+        try:
+            return os.readlink(f"/proc/{self.pid}/root") != "/"
+        except FileNotFoundError:  # it has ended
+            return False
 
     def status_of(self, field: str) -> list[str]:
         """A line of process 1's /proc/.../status."""
