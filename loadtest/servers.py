@@ -24,6 +24,7 @@ from loadtest.errors import Unmeasurable
 READY_SECONDS = 300.0
 STOP_SECONDS = 30.0
 ANSWER_SECONDS = 5.0
+LOG_CHARACTERS = 2000
 OTHER_FILES = 200
 PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 
@@ -99,7 +100,7 @@ def started(
             process_group=0,
         )
         try:
-            _wait_ready(url + ready, process)
+            _wait_ready(url + ready, process, log)
             yield Server(url, process, time.perf_counter() - start)
         finally:
             process.terminate()
@@ -129,11 +130,12 @@ def _get(url: str) -> tuple[int, str]:
             return refusal.code, refusal.read().decode()
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path | None) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise Unmeasurable(f"the server ended with status {process.returncode}")
+            last = log.read_text(errors="replace")[-LOG_CHARACTERS:] if log else ""
+            raise Unmeasurable(f"the server ended with status {process.returncode}\n{last}".strip())
         with suppress(OSError):
             if _get(url)[0] == 200:
                 return
