@@ -18,7 +18,8 @@ from tests.patience import PATIENCE
 from tests.server.test_serve import serve
 
 SHORT = ["--scenario", "steady", "--rate", "8", "--start-rate", "8", "--seconds", "1"]
-SHORT += ["--warmup", "0.5", "--slo-ttft-ms", "60000", "--slo-itl-ms", "60000"]
+SHORT += ["--warmup", "0.5"]
+LENIENT = ("60000", "60000")
 ALICE, ALICE_KEY = new_key("alice", None, None)
 
 
@@ -47,10 +48,13 @@ def guarded(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield Guarded(server.url, folder / "authority.pem")
 
 
-def load(*arguments: str, key: str | None = None) -> tuple[int, str]:
-    """Exit code, and what was shown, in one line."""
+def load(
+    *arguments: str, key: str | None = None, bounds: tuple[str, str] = LENIENT
+) -> tuple[int, str]:
+    """Exit code, and what was shown, in one line. bounds: of TTFT and of gaps, in ms."""
     env = {} if key is None else {"ROPEWAY_LOADTEST_API_KEY": key}
-    result = CliRunner().invoke(app, ["loadtest", *arguments, *SHORT], env=env)
+    slo = ["--slo-ttft-ms", bounds[0], "--slo-itl-ms", bounds[1]]
+    result = CliRunner().invoke(app, ["loadtest", *arguments, *SHORT, *slo], env=env)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
 
@@ -110,3 +114,12 @@ def test_no_list_of_processes_shows_the_key(guarded: Guarded, tmp_path: Path) ->
         watching.join(PATIENCE)
     assert any("locust" in line for line in seen)
     assert not any(ALICE in word for line in seen for word in line)
+
+
+def test_a_broken_bound_is_the_exit_code(guarded: Guarded, tmp_path: Path) -> None:
+    options = ["--host", guarded.url, "--ssl-cafile", str(guarded.cafile), "--api-key", ALICE]
+    out = tmp_path / "report"
+    code, shown = load(*options, "--out", str(out), bounds=("0.001", "60000"))
+    assert code == 1
+    assert "ms > 0.001 ms" in shown
+    assert "Not kept:" in (out / "index.html").read_text()
