@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Targets, Window
+from engine.params import RequestOptions, SamplingParams
+from engine.request import FinishReason, Request, Targets, Window
 from engine.scaling import UNSCALED, RopeScaling
 
 
@@ -88,8 +89,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """The core's gauges and counters, as of the last step.
 
     blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. profiles:
-    rotations in force, the model's own among them. prefix_queries:
-    tokens of the prompts that began; prefix_hits: those of them that were cached.
+    rotations in force, the model's own among them. prefix_queries: tokens of the prompts that
+    began; prefix_hits: those of them that were cached.
     """
 
     running: int = 0

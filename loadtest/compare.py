@@ -199,9 +199,13 @@ def compare_offline(
 
 
 def compare_http(
-    each: Comparison, sizes: Sizes, peers: Sequence[Serving], progress: Progress
+    each: Comparison,
+    sizes: Sizes,
+    peers: Sequence[Serving],
+    progress: Progress,
+    measured_all: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """All servers run all the time; one works at a time."""
+    """All servers run all the time; one works at a time. measured_all: called while they run."""
     rates: dict[int, dict[str, list[float]]] = {
         count: {peer.name: [] for peer in peers} for count in each.streams
     }
@@ -227,6 +231,7 @@ def compare_http(
                             f"http {streams} {name}: {measured.tokens_per_s:.1f} tokens/s"
                         )
                     progress.advance(task)
+        measured_all()
     return [
         row
         for streams in each.streams
@@ -276,7 +281,7 @@ def compare(each: Comparison, what: Sequence[What], tools: Tools) -> dict[str, A
         if "http" in what:
             serving, missing = serving_peers(each, files, tools)
             absent += missing
-            results += compare_http(each, sizes, serving, progress)
+            results += compare_http(each, sizes, serving, progress, others.stop)
     return document(
         "compare",
         {"name": each.model.name, "parameters": sizes.parameters, "dtype": sizes.dtype},

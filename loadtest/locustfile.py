@@ -150,7 +150,7 @@ def add_options(parser: LocustArgumentParser) -> None:
 def prepare(environment: Environment, **_: object) -> None:
     """Collect what the users see, and write it at the end."""
     records = Records(environment)
-    environment.records = records  # type: ignore[attr-defined]  # as above
+    environment.records = records  # type: ignore[attr-defined]  # for users to find; Locust passes nothing else
     path = environment.parsed_options.records if environment.parsed_options else None
     if path and not isinstance(environment.runner, WorkerRunner):
         environment.events.quitting.add_listener(lambda **_: records.write(Path(path)))

@@ -39,8 +39,8 @@ def run(
     patience = 0.0  # with what is still running, where we are interrupted
     try:
         process.start()
-        # Only now, while the engine process imports PyTorch, what takes us long to import.
-        from server.worker import HttpWorker  # noqa: PLC0415
+        # Takes long, as what the engine process imports does: so both do it at once.
+        from server.worker import HttpWorker  # noqa: PLC0415  # see above
 
         for number, other in enumerate(listeners[1:], start=1):
             peer = PeerConfig(

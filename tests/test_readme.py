@@ -193,7 +193,7 @@ def test_commands_in_sentences_exist() -> None:
         words = command.split()[1:]
         if words[0] == "--install-completion":
             continue
-        assert words[0] in group.commands, command  # type: ignore[attr-defined]
+        assert words[0] in group.commands, command  # type: ignore[attr-defined]  # of a typer group
         if words[0] == "bench" and len(words) > 1:
             shown = CliRunner().invoke(app, ["bench", words[1], "--help"])
             assert shown.exit_code == 0, command

@@ -15,10 +15,11 @@ _HEADER_BYTES = 4
 class StepJournal:
     """A small file, kept from one life of the engine process to the next.
 
-    It names a step's requests before the step begins and nobody once it is over, each with the
-    index of the token that it is computed for. What a process finds in it at its start is what its
-    predecessor died of, or with: `suspects` were computed together with others or for the first
-    time, `poisoned` is one that was a suspect already and was computed alone.
+    It names a step's requests before the step begins and, once it is over, those whose next token
+    is being computed already, each with the index of the token that it is computed for. What a
+    process finds in it at its start is what its predecessor died of, or with: `suspects` were
+    computed together with others or for the first time, `poisoned` is one that was a suspect
+    already and was computed alone.
     """
 
     def __init__(self, path: Path) -> None:

@@ -7,6 +7,7 @@ import asyncio
 from fastapi import APIRouter, Depends, Response
 
 from engine.errors import InvalidRequest
+from engine.frontend.admission import check_token_ids
 from server.content import require_json
 from server.errors import DOCUMENTED
 from server.metrics import CONTENT_TYPE
@@ -59,10 +60,5 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeRespon
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeResponse:
     """Token ids to text."""
     tokenizer = service.engine.tokenizer
-    for at, token_id in enumerate(body.token_ids):
-        if token_id not in tokenizer:
-            raise InvalidRequest(
-                f"token_ids[{at}] is {token_id}; the tokenizer has ids 0 to {len(tokenizer) - 1}",
-                "token_ids",
-            )
+    check_token_ids(body.token_ids, tokenizer, "token_ids", "token_ids")
     return DetokenizeResponse(text=tokenizer.decode(body.token_ids))

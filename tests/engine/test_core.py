@@ -20,7 +20,7 @@ from engine.messages import (
     StepOutput,
     ToCore,
 )
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from tests.patience import PATIENCE
 
 

@@ -19,7 +19,8 @@ from engine import LLM, SamplingParams
 from engine.errors import GrammarFailed, InvalidRequest
 from engine.execution.masks import GrammarMasks
 from engine.grammar import Matcher, Vocabulary, check, masks_of
-from engine.request import FinishReason, Grammar, Request
+from engine.params import Grammar
+from engine.request import FinishReason, Request
 from tests.models import EOS, tiny_config, write_model
 from tests.patience import PATIENCE
 
@@ -44,7 +45,7 @@ def llm(tiny_model_dir: Path) -> LLM:
 
 
 def params(grammar: Grammar | None, seed: int, **settings: object) -> SamplingParams:
-    return SamplingParams(grammar=grammar, seed=seed, max_tokens=100, **settings)  # type: ignore[arg-type]
+    return SamplingParams(grammar=grammar, seed=seed, max_tokens=100, **settings)  # type: ignore[arg-type]  # by name
 
 
 @pytest.mark.parametrize("temperature", [0, 1, 2])

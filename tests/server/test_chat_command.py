@@ -20,7 +20,7 @@ import typer
 
 from engine.errors import ContextOverflow
 from engine.llm import LLM
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from engine.scaling import RopeScaling
 from server.chat import PLAIN, ChatTemplate
 from server.conversation import Conversation

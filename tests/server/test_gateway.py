@@ -108,7 +108,7 @@ async def test_a_death_is_not_seen() -> None:
     assert first["seed"] == second["seed"]  # drawn once, so that the second gives the same
 
 
-@pytest.mark.parametrize("code", ["engine_dead", "draining", "engine_starting"])
+@pytest.mark.parametrize("code", ["engine_dead", "draining", "engine_starting", "engine_start"])
 async def test_an_engine_that_dies_is_a_death(code: str) -> None:
     replicas = Replicas([[STREAM, token(0), failed(code)], [STREAM, token(0), token(1), DONE]])
     assert (await ask(replicas)).content == token(0) + token(1) + DONE

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from engine.messages import AddRequest, EngineOutput, TokenLogprobs
-from engine.request import FinishReason, RequestOptions
+from engine.params import RequestOptions
+from engine.request import FinishReason
 from engine.scaling import RopeScaling
 from tests.server.conftest import Served, parse_events
 from tests.server.fake_engine import EOS

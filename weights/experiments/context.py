@@ -31,9 +31,9 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from engine.model.loader import read_config
 from engine.scaling import RopeScaling, ScalingType
-from weights.experiments.picture import Curve, Panel, draw
-from weights.experiments.small import machine
-from weights.experiments.stretch import PARTS, Way, by_position, engine, stretches, unscaled_copy
+from weights.experiments.picture import Curve, Panel
+from weights.experiments.results import machine, write
+from weights.experiments.stretch import PARTS, Way, middles, stretches, unscaled_copy
 from weights.experiments.tune import Tuning, fine_tune
 from weights.prepare import prepare
 from weights.recipe import Recipe, TrainingConfig
@@ -88,22 +88,16 @@ class Experiment:
         path.write_text(json.dumps({"of": self._of | dict(more), **row}) + "\n", encoding="utf-8")
         return row
 
-    def _read(self, model_dir: Path, way: Way) -> dict[str, Any]:
-        losses = way.nats(engine(model_dir), self.texts, self.trained)
-        within = [statistics.mean(text[: self.trained - 1]) for text in losses]
-        beyond = [statistics.mean(text[self.trained - 1 :]) for text in losses]
-        return {"within": within, "beyond": beyond, "by_position": by_position(losses)}
-
     def as_it_is(self, way: Way) -> dict[str, Any]:
         """Nats per token, by text: within the trained context, beyond it, by position."""
         path, kept = self._kept(way.name, {})
         if kept is not None:
             return kept
         if way.rope is not None or way.shift:
-            return self._keep(path, {}, self._read(self.model_dir, way))
+            return self._keep(path, {}, way.read(self.model_dir, self.texts, self.trained))
         with tempfile.TemporaryDirectory() as folder:
             copy = unscaled_copy(self.model_dir, Path(folder), self.times)
-            return self._keep(path, {}, self._read(copy, way))
+            return self._keep(path, {}, way.read(copy, self.texts, self.trained))
 
     def tuned(self, kind: str, sources: Mapping[str, Tokens], tuning: Tuning) -> dict[str, Any]:
         """The same after a fine-tune. kind: of a scaling, or `default` for none at all."""
@@ -115,7 +109,8 @@ class Experiment:
         folder = self.work / f"tuned-{kind}"
         length = self.times * self.trained
         seconds = fine_tune(self.model_dir, folder, sources, rope, length, tuning)
-        row = self._read(folder, Way(kind, rope if kind != "default" else None))
+        way = Way(kind, rope if kind != "default" else None)
+        row = way.read(folder, self.texts, self.trained)
         return self._keep(path, asdict(tuning), row | {"step_s": round(seconds, 2)})
 
 
@@ -165,7 +160,7 @@ def table(document: Mapping[str, Any]) -> str:
 def panels(document: Mapping[str, Any]) -> list[Panel]:
     """Nats above shift's on the same tokens, against position: as it is, and fine-tuned."""
     length = document["length"]
-    at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
+    at = middles(length)
     base = document["results"][BASELINE]["by_position"]
     drawn: dict[bool, dict[str, Curve]] = {False: {}, True: {}}
     for name, result in document["results"].items():
@@ -225,9 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "summary": summarise(results),
         "results": results,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "context.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    draw(panels(document), options.out / "context.svg")
+    write(options.out, "context", document, panels(document))
     print(table(document))
 
 

@@ -12,7 +12,6 @@ xpos.svg, and prints a table.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -23,9 +22,10 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.model.loader import read_config
-from weights.experiments.picture import Curve, Panel, draw
-from weights.experiments.small import SERVED, machine, model_dir
-from weights.experiments.stretch import PARTS, Way, by_position, engine, stretches, unscaled_copy
+from weights.experiments.picture import Curve, Panel
+from weights.experiments.results import machine, write
+from weights.experiments.small import SERVED, model_dir
+from weights.experiments.stretch import PARTS, Way, middles, stretches, unscaled_copy
 from weights.tokens import open_tokens
 
 SHIFT = Way("shift", shift=True)
@@ -39,12 +39,12 @@ def read(folder: Path, texts: Sequence[list[int]], times: int) -> dict[str, dict
     with tempfile.TemporaryDirectory() as copy:
         far = unscaled_copy(folder, Path(copy), times)
         for way, from_dir in ((NONE, far), (SHIFT, folder)):
-            losses = way.nats(engine(from_dir), texts, trained)
+            by_text = way.read(from_dir, texts, trained)
             results[way.name] = {
-                "within": statistics.mean(v for text in losses for v in text[: trained - 1]),
-                "beyond": statistics.mean(v for text in losses for v in text[trained - 1 :]),
+                "within": statistics.mean(by_text["within"]),
+                "beyond": statistics.mean(by_text["beyond"]),
                 "by_position": [
-                    statistics.mean(part) for part in zip(*by_position(losses), strict=True)
+                    statistics.mean(part) for part in zip(*by_text["by_position"], strict=True)
                 ],
             }
     return results
@@ -79,9 +79,8 @@ def table(document: Mapping[str, Any]) -> str:
 def panels(document: Mapping[str, Any]) -> list[Panel]:
     """Nats per token against position."""
     length = document["length"]
-    at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
     curves = {
-        name: Curve(at, [run["by_position"] for run in runs])
+        name: Curve(middles(length), [run["by_position"] for run in runs])
         for name, runs in document["results"].items()
     }
     title = f"{len(document['seeds'])} networks: mean, least to most"
@@ -119,9 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seeds": options.seeds,
         "results": results,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "xpos.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    draw(panels(document), options.out / "xpos.svg")
+    write(options.out, "xpos", document, panels(document))
     print(table(document))
 
 

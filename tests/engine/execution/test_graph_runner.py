@@ -30,7 +30,8 @@ from engine.grammar import INSTALLED as GRAMMARS
 from engine.messages import AddRequest, EngineOutput
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from engine.model.gpt2 import GPT2
-from engine.request import Grammar, Request, SamplingParams, Targets, Window
+from engine.params import Grammar, SamplingParams
+from engine.request import Request, Targets, Window
 from engine.scaling import RopeScaling
 from tests.models import EOS, tiny_config
 

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from engine.config import SchedulerConfig
-from engine.request import (
-    FinishReason,
-    Request,
-    RequestOptions,
-    RequestStatus,
-    SamplingParams,
-    Window,
-)
+from engine.params import RequestOptions, SamplingParams
+from engine.request import FinishReason, Request, RequestStatus, Window
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from tests.engine.scheduling.test_scheduler import shape, step

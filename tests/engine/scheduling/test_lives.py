@@ -17,16 +17,8 @@ from engine.messages import (
     StepResult,
     TokenLogprobs,
 )
-from engine.request import (
-    SINK_BLOCKS,
-    FinishReason,
-    Request,
-    RequestOptions,
-    RequestStatus,
-    SamplingParams,
-    Targets,
-    Window,
-)
+from engine.params import RequestOptions, SamplingParams
+from engine.request import SINK_BLOCKS, FinishReason, Request, RequestStatus, Targets, Window
 from engine.scaling import RopeScaling
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import ProfileRows

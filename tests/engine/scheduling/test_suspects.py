@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engine.request import Request, RequestOptions, RequestStatus, SamplingParams
+from engine.params import RequestOptions, SamplingParams
+from engine.request import Request, RequestStatus
 from tests.engine.scheduling.test_scheduler import make, shape, step
 
 
