@@ -112,6 +112,7 @@ class EngineCore:
         journal: where each step says what it computes, for the process after this one.
         """
         self._journal = journal
+        self._ahead: dict[str, int] = {}  # what runs already, and which token of it
         directory = Path(config.model_dir)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
@@ -179,7 +180,7 @@ class EngineCore:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
             notes=_notes(directory, dtype, obstacle),
-            suspects=[] if journal is None else journal.suspects,
+            suspects={} if journal is None else journal.suspects,
             poisoned=[] if journal is None else journal.poisoned,
         )
 
@@ -208,7 +209,7 @@ class EngineCore:
                 targets=message.targets,
                 output_token_ids=message.output_token_ids,
                 choice=message.choice,
-                suspect=message.suspect,
+                suspect_at=message.suspect_at,
             ),
             message.elapsed_s,
         )
@@ -220,13 +221,14 @@ class EngineCore:
     def step(self) -> list[EngineOutput]:
         """Schedule, execute, update."""
         step = self._scheduler.schedule()
+        asked = {item.request.request_id: item.request.num_output_tokens for item in step.scheduled}
         if self._journal is not None and step.scheduled:
-            names = [item.request.request_id for item in step.scheduled]
-            computed = list(dict.fromkeys([*names, *self._runner.ahead]))
-            self._journal.begin(computed, alone=step.alone and len(computed) == len(names))
+            computed = self._ahead | asked
+            self._journal.begin(computed, alone=step.alone and len(computed) == len(asked))
         result = self._runner.execute(step)
         if self._journal is not None:  # what the runner has begun already, if it does that
-            self._journal.begin(list(self._runner.ahead), alone=False)
+            self._ahead = {request_id: asked[request_id] + 1 for request_id in self._runner.ahead}
+            self._journal.begin(self._ahead, alone=False)
         return self._scheduler.update(step, result)
 
 

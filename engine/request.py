@@ -79,7 +79,7 @@ class Request:
     its span is more than steady_until.
 
     turn: where it stands in the queue, least first; its second part numbers the arrivals. pinned:
-    it runs and may not be preempted. suspect: it runs alone until its next token.
+    it runs and may not be preempted. suspect: it runs alone for now.
     """
 
     __slots__ = (
@@ -109,7 +109,7 @@ class Request:
         "status",
         "steady_until",
         "stop_token_ids",
-        "suspect",
+        "suspect_at",
         "targets",
         "token_ids",
         "turn",
@@ -130,11 +130,12 @@ class Request:
         targets: Targets | None = None,
         output_token_ids: list[int] | None = None,
         choice: int = 0,
-        suspect: bool = False,
+        suspect_at: int | None = None,
     ) -> None:
         """window: where it may outgrow the context, and shifts then. targets: what of its prompt is
-        scored. output_token_ids: what an earlier engine had generated for it already. suspect: an
-        engine died while it computed this one, among others perhaps.
+        scored. output_token_ids: what an earlier engine had generated for it already. suspect_at:
+        an engine died while it computed this token of the output, among other requests perhaps; so
+        it runs alone until it has it.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
@@ -164,7 +165,7 @@ class Request:
         self.num_preemptions = 0
         self.turn = (0.0, 0)
         self.pinned = False
-        self.suspect = suspect
+        self.suspect_at = suspect_at
         self.block_table: list[int] = []
         self.bases: list[int] = []
 
@@ -186,6 +187,11 @@ class Request:
         if self.targets is None or self.num_scored == len(self.targets.token_ids):
             return None
         return self.targets.first + self.num_scored
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an engine may have died of it."""
+        return self.suspect_at is not None
 
     @property
     def num_output_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import subprocess
@@ -152,24 +151,3 @@ def check_reachable(url: str) -> None:
         raise Unmeasurable(f"no server can be reached at {url}: {error}") from error
     if status != 200:
         raise Unmeasurable(f"{url}/ready: {status}: {body}")
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a server says of its model. context: in tokens."""
-
-    name: str
-    context: int
-
-    @classmethod
-    def at(cls, url: str) -> Served:
-        """Raises Unmeasurable unless a Ropeway server is ready there, and lets us in."""
-        check_reachable(url)
-        status, body = _get(f"{url}/v1/models")
-        if status != 200:
-            raise Unmeasurable(f"{url}/v1/models: {status}: {body}")
-        try:
-            (model,) = json.loads(body)["data"]
-            return cls(model["id"], model["max_model_len"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise Unmeasurable(f"{url} is no Ropeway server: /v1/models: {body[:200]}") from error

@@ -292,7 +292,9 @@ def loadtest(context: typer.Context) -> None:
     with extra("loadtest"), reported():
         from loadtest.run import app as loadtest_app  # noqa: PLC0415  # of an extra
 
-        loadtest_app(context.args, prog_name="ropeway loadtest")
+        loadtest_app(
+            context.args, prog_name="ropeway loadtest", auto_envvar_prefix="ROPEWAY_LOADTEST"
+        )
 
 
 @app.command(context_settings=FORWARD)

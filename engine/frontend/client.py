@@ -318,9 +318,10 @@ class AsyncEngine:
             finally:
                 for task in (receiving, lost):
                     task.cancel()
-                await asyncio.gather(receiving, lost, return_exceptions=True)
+                # Before anything is waited for: we may be cancelled there.
                 self._connection = None
                 connection.close()
+                await asyncio.gather(receiving, lost, return_exceptions=True)
             if not self._recovers:
                 self.fail(EngineDead("the engine process died"))
             # A dying process may still accept a connection: that is not another death.

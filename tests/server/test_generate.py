@@ -151,7 +151,7 @@ async def test_silence_is_broken_by_comments(served: Served) -> None:
     async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
         request = await served.fake.expect(AddRequest)
         parts = response.aiter_text()
-        assert await anext(parts) == ": waiting\n\n"
+        assert (await anext(parts)).startswith(": waiting\n\n")  # one, or several
         await served.fake.say(request, b"b", end=FinishReason.LENGTH)
         rest = "".join([part async for part in parts])
     assert [event.event for event in parse_events(rest)] == ["token", "done"]

@@ -177,7 +177,7 @@ def test_others_pass_one_that_waits_for_an_endless_one() -> None:
             step(scheduler)
         large, small = request("b", 12), request("c", 4)
         if suspects:
-            large.suspect = small.suspect = True
+            large.suspect_at = small.suspect_at = 0
         for each in (large, small, request("d", 4)):
             scheduler.add(each)
         for _ in range(3):
