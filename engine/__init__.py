@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from engine.llm import LLM as LLM
     from engine.llm import Completion as Completion
     from engine.llm import Score as Score
+    from engine.params import RequestOptions as RequestOptions
+    from engine.params import SamplingParams as SamplingParams
     from engine.request import FinishReason as FinishReason
-    from engine.request import RequestOptions as RequestOptions
-    from engine.request import SamplingParams as SamplingParams
     from engine.scaling import RopeScaling as RopeScaling
 
 _HOMES = {
@@ -24,10 +24,10 @@ _HOMES = {
     "Completion": "engine.llm",
     "FinishReason": "engine.request",
     "LLM": "engine.llm",
-    "RequestOptions": "engine.request",
+    "RequestOptions": "engine.params",
     "RopeScaling": "engine.scaling",
     "RopewayError": "engine.errors",
-    "SamplingParams": "engine.request",
+    "SamplingParams": "engine.params",
     "Score": "engine.llm",
 }
 

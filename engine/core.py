@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-import psutil
 import torch
 import zmq
 
-from engine.config import CacheConfig, DType, EngineConfig, ModelConfig, SchedulerConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError, RopewayError
 from engine.execution.journal import StepJournal
 from engine.execution.masks import GrammarMasks
@@ -41,6 +40,7 @@ from engine.model.on_cuda import prepare_for_cuda
 from engine.model.profiles import ProfileTables
 from engine.model.serving import prepare
 from engine.request import Request
+from engine.resources import allocate_cache, num_cache_blocks, resolve_device, resolve_dtype
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import OWN, ProfileRows
 from engine.scheduling.scheduler import Scheduler
@@ -48,59 +48,6 @@ from engine.scheduling.shared import SharedPrefixes
 
 MISCONFIGURED = 2
 """Exit status of the process where a setting is at fault."""
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but PyTorch finds no CUDA device; use cpu or auto")
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
-    if dtype == "auto":
-        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-
-
-def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the machine can give, and its container too where there is one."""
-    free: int = psutil.virtual_memory().available
-    try:
-        limit, used = (
-            (cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current")
-        )
-    except OSError:  # no container with a limit of its own
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
-
-
-def num_cache_blocks(
-    model: ModelConfig,
-    cache: CacheConfig,
-    scheduler: SchedulerConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> int:
-    """Pages that the memory budget holds. Raises ConfigError where it does not hold one."""
-    size = KVCache.bytes_per_block(model, cache.block_size, dtype)
-    if cache.kv_memory is not None:
-        if cache.kv_memory < size:
-            raise ConfigError(
-                f"kv_memory must hold at least one page of {cache.block_size} tokens "
-                f"({size} bytes), got {cache.kv_memory}"
-            )
-        return cache.kv_memory // size
-    per_sequence = -(-model.rope.context(model.max_position) // cache.block_size)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = available_memory()
-    return max(1, min(scheduler.max_num_seqs * per_sequence, free // 2 // size))
 
 
 def unsampled_ids(model: ModelConfig, config: EngineConfig) -> list[int]:
@@ -115,6 +62,20 @@ def unsampled_ids(model: ModelConfig, config: EngineConfig) -> list[int]:
     if model.eos_token_id in unused:
         raise ConfigError(f"eos_token_id is {model.eos_token_id}, which the tokenizer has not")
     return unused
+
+
+def _check(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
+    """Raises ConfigError for settings that this model, or this device, cannot be served with."""
+    if model.rope.type == "dynamic" and config.scheduler.max_profiles < 2:
+        raise ConfigError(
+            "max_profiles must be at least 2 for a model whose rope.type is dynamic, got "
+            f"{config.scheduler.max_profiles}"
+        )
+    if device.type != "cpu" and config.quantize != "none":
+        raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
+    for prefix in config.cache.shared_prefixes:
+        context = model.rope.context(model.max_position)
+        prefix.check(config.cache.block_size, context, model.vocab_size)
 
 
 def _notes(directory: Path, dtype: torch.dtype, obstacle: str | None) -> list[str]:
@@ -151,25 +112,17 @@ class EngineCore:
         journal: where each step says what it computes, for the process after this one.
         """
         self._journal = journal
+        self._ahead: dict[str, int] = {}  # what runs already, and which token of it
         directory = Path(config.model_dir)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         model_config = read_config(directory)
-        if model_config.rope.type == "dynamic" and config.scheduler.max_profiles < 2:
-            raise ConfigError(
-                "max_profiles must be at least 2 for a model whose rope.type is dynamic, got "
-                f"{config.scheduler.max_profiles}"
-            )
-        if device.type != "cpu" and config.quantize != "none":
-            raise ConfigError(f"quantize {config.quantize} is for the CPU, device is {device.type}")
+        _check(config, model_config, device)
         unsampled = unsampled_ids(model_config, config)
         block_size = config.cache.block_size
         context, rope = model_config.max_position, model_config.rope
-        prefixes = config.cache.shared_prefixes
-        for prefix in prefixes:
-            prefix.check(block_size, rope.context(context), model_config.vocab_size)
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if device.type == "cpu":
@@ -178,11 +131,7 @@ class EngineCore:
             obstacle = prepare_for_cuda(model)
             products = "triton" if obstacle is None else f"torch ({obstacle})"
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
-        try:
-            cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
-        except RuntimeError as error:
-            size = num_blocks * KVCache.bytes_per_block(model_config, block_size, dtype)
-            raise ConfigError(f"kv_memory: {size} bytes cannot be had: {error}") from error
+        cache = allocate_cache(model.config, num_blocks, block_size, dtype, device)
         tables = ProfileTables(
             model.config,
             block_size,
@@ -205,7 +154,9 @@ class EngineCore:
             config.scheduler,
             self._pool,
             profiles=ProfileRows(rope, context, config.scheduler.max_profiles),
-            shared=SharedPrefixes([each.token_ids for each in prefixes], block_size),
+            shared=SharedPrefixes(
+                [each.token_ids for each in config.cache.shared_prefixes], block_size
+            ),
             look_ahead=self._runner.looks_ahead,
         )
         self.ready = EngineReady(
@@ -229,7 +180,7 @@ class EngineCore:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             threads=torch.get_num_threads(),
             notes=_notes(directory, dtype, obstacle),
-            suspects=[] if journal is None else journal.suspects,
+            suspects={} if journal is None else journal.suspects,
             poisoned=[] if journal is None else journal.poisoned,
         )
 
@@ -258,7 +209,7 @@ class EngineCore:
                 targets=message.targets,
                 output_token_ids=message.output_token_ids,
                 choice=message.choice,
-                suspect=message.suspect,
+                suspect_at=message.suspect_at,
             ),
             message.elapsed_s,
         )
@@ -270,13 +221,14 @@ class EngineCore:
     def step(self) -> list[EngineOutput]:
         """Schedule, execute, update."""
         step = self._scheduler.schedule()
+        asked = {item.request.request_id: item.request.num_output_tokens for item in step.scheduled}
         if self._journal is not None and step.scheduled:
-            names = [item.request.request_id for item in step.scheduled]
-            computed = list(dict.fromkeys([*names, *self._runner.ahead]))
-            self._journal.begin(computed, alone=step.alone and len(computed) == len(names))
+            computed = self._ahead | asked
+            self._journal.begin(computed, alone=step.alone and len(computed) == len(asked))
         result = self._runner.execute(step)
         if self._journal is not None:  # what the runner has begun already, if it does that
-            self._journal.begin(list(self._runner.ahead), alone=False)
+            self._ahead = {request_id: asked[request_id] + 1 for request_id in self._runner.ahead}
+            self._journal.begin(self._ahead, alone=False)
         return self._scheduler.update(step, result)
 
 

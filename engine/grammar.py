@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import GrammarFailed, InvalidRequest
-from engine.request import Grammar
+from engine.params import Grammar
 
 try:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
@@ -19,13 +19,10 @@ except ModuleNotFoundError:
 else:
     INSTALLED = True
 
-FIELDS = {"json_schema": "response_format", "regex": "regex", "choice": "choice"}
-"""What requests call each kind of grammar."""
-
 
 def check(grammar: Grammar) -> None:
     """Raises InvalidRequest where no output could obey it, or llguidance is not installed."""
-    field = FIELDS[grammar.kind]
+    field = grammar.field
     if not INSTALLED:
         raise InvalidRequest(
             f"{field} needs llguidance, which this server lacks: pip install 'ropeway[grammar]'",

@@ -26,7 +26,8 @@ from engine.frontend.admission import Admission, Usage
 from engine.frontend.output import OutputProcessor, TokenDelta
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineOutput, EngineReady, EngineStats, TokenLogprobs
-from engine.request import FinishReason, RequestOptions, SamplingParams, Window
+from engine.params import RequestOptions, SamplingParams
+from engine.request import FinishReason, Window
 from engine.scaling import RopeScaling
 
 

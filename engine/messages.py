@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.request import FinishReason, Request, RequestOptions, SamplingParams, Targets, Window
+from engine.params import RequestOptions, SamplingParams
+from engine.request import FinishReason, Request, Targets, Window
 from engine.scaling import UNSCALED, RopeScaling
 
 
@@ -18,8 +19,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     The seed and max_tokens are settled at admission, so that a request that is added again (after a
     crash, with the output_token_ids it had) goes on as if nothing had happened. window: where it
     may outgrow the context, and shifts then; truncated_tokens: what its prompt lost. targets: what
-    is to be scored of it. elapsed_s: how long ago it came, where it is added again; suspect: the
-    engine died while it was computed.
+    is to be scored of it. elapsed_s: how long ago it came, where it is added again; suspect_at:
+    the engine died while it computed this token of its output, or a prompt for it.
     """
 
     request_id: str
@@ -35,7 +36,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     output_token_ids: list[int] = []
     choice: int = 0
     elapsed_s: float = 0.0
-    suspect: bool = False
+    suspect_at: int | None = None
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -88,8 +89,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """The core's gauges and counters, as of the last step.
 
     blocks_free: held by nobody; blocks_cached: in the prefix cache, held or not. profiles:
-    rotations in force, the model's own among them. prefix_queries:
-    tokens of the prompts that began; prefix_hits: those of them that were cached.
+    rotations in force, the model's own among them. prefix_queries: tokens of the prompts that
+    began; prefix_hits: those of them that were cached.
     """
 
     running: int = 0
@@ -120,8 +121,9 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rotations can be in force at once, that one among them. graphs: of decode steps on CUDA, a line
     for people.
 
-    suspects: requests that the engine process before this one computed when it died; poisoned: one
-    that was a suspect already, and was computed alone.
+    suspects: requests that the engine process before this one computed when it died, and the index
+    of the token that each was computed for; poisoned: one that was a suspect already, and was
+    computed alone.
     """
 
     model: str
@@ -144,7 +146,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     learned_frequencies: bool = False
     max_profiles: int = 1
     notes: list[str] = []
-    suspects: list[str] = []
+    suspects: dict[str, int] = {}
     poisoned: list[str] = []
 
     @property

@@ -1,34 +1,17 @@
-"""A request: what was asked, and how far it has come."""
+"""A request: which pages it may hold, what of it is scored, and how far it has come."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from typing import Literal, get_args
 
 import msgspec
 
-from engine.errors import ConfigError, InvalidRequest
-from engine.scaling import MAX_CONTEXT, UNSCALED, RopeScaling
+from engine.params import RequestOptions, SamplingParams
+from engine.scaling import MAX_CONTEXT, UNSCALED
 
-MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_GRAMMAR = 65_536
-MAX_BIASES = 1024
-MAX_BIAS = 100.0
-Overflow = Literal["error", "truncate", "shift"]
 SINK_BLOCKS = 1
 """Pages at the beginning that a shift keeps: what they hold, every later token attends to (Xiao et
 al. 2023, arXiv 2309.17453: attention sinks)."""
-
-MAX_SALT = 256
-MAX_PRIORITY = 100
-MAX_TIMEOUT_S = 86_400.0
-SEED_BITS = 64
-MAX_INT = 2**31 - 1
-MIN_TEMPERATURE = 1e-6
-OPTIONAL = ("seed", "max_tokens", "logprobs", "timeout_s")
-"""Numbers that may be None."""
 
 
 class FinishReason(enum.StrEnum):
@@ -45,238 +28,6 @@ class RequestStatus(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
-
-
-class Grammar(msgspec.Struct, frozen=True):
-    """What an output must obey.
-
-    text: a JSON schema; a regular expression for the whole output; or a JSON list of texts, of
-    which the output is one.
-    """
-
-    kind: Literal["json_schema", "regex", "choice"]
-    text: str
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose the next token. Checked when made; the defaults leave the model as it is.
-
-    temperature         0 is greedy; otherwise, from 1e-6 on, logits are divided by it
-    top_k               keep the k likeliest tokens; 0 keeps all
-    top_p               keep the smallest set of likeliest tokens whose mass reaches p (nucleus)
-    min_p               keep tokens at least min_p times as likely as the likeliest
-    repetition_penalty  divide positive logits of seen tokens by it, multiply negative ones (CTRL,
-                        arXiv 1909.05858); prompt and output count
-    presence_penalty    subtracted once from tokens that the output has
-    frequency_penalty   subtracted per occurrence in the output
-    seed                random numbers depend on it and the stream index; None: drawn at admission
-    stop                strings that end the output; they are not part of it
-    stop_token_ids      ids that end the output; they are not part of its text
-    max_tokens          None: as many as the context has room for
-    ignore_eos          go on after the model's end token
-    logprobs            None: none; k: the token's log-probability and the k likeliest (0 to 20)
-    logit_bias          token id -> added to its logit, -100 to 100
-    grammar             what the output must obey; it ends where nothing can follow
-    rope                the rotation profile, instead of the model's own; the context follows its
-                        factor. A RopeScaling, or what RopeScaling.from_dict reads
-
-    Biases come first; then penalties, temperature, top_k, top_p, min_p. Log-probabilities are the
-    model's own, before any of them.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    max_tokens: int | None = None
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    logit_bias: dict[int, float] = {}
-    grammar: Grammar | None = None
-    rope: RopeScaling | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):  # one text is meant, not its characters
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        _check_number(self, "temperature", 0.0, 100.0)
-        if 0 < self.temperature < MIN_TEMPERATURE:
-            raise InvalidRequest(
-                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
-                f"got {self.temperature}",
-                "temperature",
-            )
-        _check_integer(self, "top_k", 0, MAX_INT)
-        _check_number(self, "top_p", 0.0, 1.0, open_low=True)
-        _check_number(self, "min_p", 0.0, 1.0)
-        _check_number(self, "repetition_penalty", 0.01, 100.0)
-        _check_number(self, "presence_penalty", -100.0, 100.0)
-        _check_number(self, "frequency_penalty", -100.0, 100.0)
-        _check_integer(self, "seed", 0, 2**SEED_BITS - 1)
-        _check_integer(self, "max_tokens", 1, MAX_INT)
-        _check_integer(self, "logprobs", 0, MAX_LOGPROBS)
-        self._check_stop_strings()
-        self._check_stop_token_ids()
-        self._check_logit_bias()
-        if self.grammar is not None:
-            if len(self.grammar.text) > MAX_GRAMMAR:
-                raise InvalidRequest(
-                    f"{self.grammar.kind} can have at most {MAX_GRAMMAR} characters, got "
-                    f"{len(self.grammar.text)}",
-                    self.grammar.kind,
-                )
-            if self.ignore_eos:
-                raise InvalidRequest(
-                    f"ignore_eos cannot go with {self.grammar.kind}, whose end is the output's",
-                    "ignore_eos",
-                )
-
-    def _check_logit_bias(self) -> None:
-        if not isinstance(self.logit_bias, dict):
-            raise InvalidRequest(
-                f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", "logit_bias"
-            )
-        if len(self.logit_bias) > MAX_BIASES:
-            raise InvalidRequest(
-                f"logit_bias takes at most {MAX_BIASES} tokens, got {len(self.logit_bias)}",
-                "logit_bias",
-            )
-        for token_id, bias in self.logit_bias.items():
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise InvalidRequest(
-                    f"logit_bias must have token ids as keys, got {token_id!r}", "logit_bias"
-                )
-            if isinstance(bias, bool) or not isinstance(bias, int | float):
-                raise InvalidRequest(
-                    f"logit_bias[{token_id}] must be a number, got {bias!r}", "logit_bias"
-                )
-            if not -MAX_BIAS <= bias <= MAX_BIAS:
-                raise InvalidRequest(
-                    f"logit_bias[{token_id}] must be at least {-MAX_BIAS} and at most {MAX_BIAS}, "
-                    f"got {bias}",
-                    "logit_bias",
-                )
-        self._check_rope()
-
-    def _check_rope(self) -> None:
-        if isinstance(self.rope, Mapping):
-            try:
-                rope = RopeScaling.from_dict(self.rope)
-            except ConfigError as error:
-                raise no_such_rotation(error) from error
-            msgspec.structs.force_setattr(self, "rope", rope)
-        elif self.rope is not None and not isinstance(self.rope, RopeScaling):
-            raise InvalidRequest(f"rope must be a RopeScaling, got {self.rope!r}", "rope")
-
-    def _check_stop_token_ids(self) -> None:
-        if not isinstance(self.stop_token_ids, tuple | list):
-            raise InvalidRequest(
-                f"stop_token_ids must be a list, got {self.stop_token_ids!r}", "stop_token_ids"
-            )
-        for token_id in self.stop_token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise InvalidRequest(
-                    f"stop_token_ids must hold integers, got {token_id!r}", "stop_token_ids"
-                )
-            _within("stop_token_ids", token_id, 0, MAX_INT)
-
-    def _check_stop_strings(self) -> None:
-        if not isinstance(self.stop, tuple | list):
-            raise InvalidRequest(f"stop must be a list of strings, got {self.stop!r}", "stop")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(
-                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop"
-            )
-        for text in self.stop:
-            if not isinstance(text, str):
-                raise InvalidRequest(f"stop must hold strings, got {text!r}", "stop")
-            if not text:
-                raise InvalidRequest("stop must not hold an empty string", "stop")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InvalidRequest("stop must be valid Unicode, got a lone surrogate", "stop")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken, whatever the random numbers say."""
-        return self.temperature == 0.0
-
-
-def no_such_rotation(error: ConfigError) -> InvalidRequest:
-    """What is wrong with a request's `rope`; the message begins with the field's name."""
-    message = str(error)
-    return InvalidRequest(message, message.split(" ", 1)[0])
-
-
-def _check_number(
-    owner: object, field: str, low: float, high: float, open_low: bool = False
-) -> None:
-    value = getattr(owner, field)
-    if value is None and field in OPTIONAL:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequest(f"{field} must be a number, got {value!r}", field)
-    _within(field, value, low, high, open_low)
-
-
-def _check_integer(owner: object, field: str, low: int, high: int) -> None:
-    value = getattr(owner, field)
-    if value is None and field in OPTIONAL:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{field} must be an integer, got {value!r}", field)
-    _within(field, value, low, high)
-
-
-def _within(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-    # Comparisons with NaN are false, so it is never within.
-    if (low < value if open_low else low <= value) and value <= high:
-        return
-    least = f"greater than {low}" if open_low else f"at least {low}"
-    raise InvalidRequest(f"{field} must be {least} and at most {high}, got {value}", field)
-
-
-class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a request is treated, whatever its tokens are. Checked when made.
-
-    priority    the greater, the sooner it starts, as if it had come some seconds earlier for each
-                point (SchedulerConfig.priority_seconds); and the later it is preempted
-    timeout_s   seconds that it may wait and run; then it ends as it is. None: no limit
-    overflow    where prompt and max_tokens do not fit the context: `error` refuses, `truncate`
-                keeps the end of the prompt, `shift` goes on without end by dropping the oldest
-                pages but the first; the others keep what they knew of them, so that is an
-                approximation
-    cache_salt  opaque; pages are shared among requests of the same salt only, so that nobody can
-                tell by time what others asked; but for those that lie wholly in a prefix that is
-                declared to be shared (CacheConfig.shared_prefixes)
-    """
-
-    priority: int = 0
-    timeout_s: float | None = None
-    overflow: Overflow = "error"
-    cache_salt: str = ""
-
-    def __post_init__(self) -> None:
-        _check_integer(self, "priority", -MAX_PRIORITY, MAX_PRIORITY)
-        _check_number(self, "timeout_s", 0.0, MAX_TIMEOUT_S, open_low=True)
-        if self.overflow not in get_args(Overflow):
-            raise InvalidRequest(
-                f"overflow must be one of {', '.join(get_args(Overflow))}; got {self.overflow!r}",
-                "overflow",
-            )
-        if not isinstance(self.cache_salt, str):
-            raise InvalidRequest(
-                f"cache_salt must be a text, got {self.cache_salt!r}", "cache_salt"
-            )
-        if len(self.cache_salt) > MAX_SALT:
-            raise InvalidRequest(
-                f"cache_salt can have at most {MAX_SALT} characters, got {len(self.cache_salt)}",
-                "cache_salt",
-            )
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -315,7 +66,20 @@ class Request:
     """One stream of tokens in the engine. Only the scheduler writes to it.
 
     token_ids is the prompt and then the output. num_computed_tokens of them have their keys and
-    values in the cache, at the pages of block_table, whose first positions are bases.
+    values in the cache, at the pages of block_table, whose first positions are bases; of its window
+    num_dropped_blocks pages are gone. num_scored of its targets are done.
+
+    arrival: when it came, in seconds on the scheduler's clock; scheduled: when its first step
+    began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
+    num_remembered_blocks pages of the table are known to that cache under the number `prefix`, None
+    where they cannot be. num_shared_blocks: leading pages of the prompt that lie in a declared
+    prefix, so that they are known without the salt.
+
+    scaling: the rotation in force while it runs, at the row `profile` of the engine's tables, until
+    its span is more than steady_until.
+
+    turn: where it stands in the queue, least first; its second part numbers the arrivals. pinned:
+    it runs and may not be preempted. suspect: it runs alone for now.
     """
 
     __slots__ = (
@@ -345,7 +109,7 @@ class Request:
         "status",
         "steady_until",
         "stop_token_ids",
-        "suspect",
+        "suspect_at",
         "targets",
         "token_ids",
         "turn",
@@ -366,25 +130,12 @@ class Request:
         targets: Targets | None = None,
         output_token_ids: list[int] | None = None,
         choice: int = 0,
-        arrival: float = 0.0,
-        suspect: bool = False,
+        suspect_at: int | None = None,
     ) -> None:
-        """window: where it may outgrow the context, and shifts then; num_dropped_blocks: by how
-        many pages it has. targets: what of its prompt is scored, of which the first num_scored
-        are done. output_token_ids: what an earlier engine had generated for it already.
-
-        arrival: when it came, in seconds on the scheduler's clock; `scheduled`: when its first step
-        began. num_cached_tokens: of the prompt, found in the prefix cache then. The first
-        num_remembered_blocks pages of the table are known to that cache under the number `prefix`,
-        None where they cannot be. num_shared_blocks: leading pages of the prompt that lie in a
-        declared prefix, so that they are known without the salt.
-
-        scaling: the rotation in force while it runs, at the row `profile` of the engine's tables,
-        until its span is more than steady_until.
-
-        turn: where it stands in the queue, least first; its second part numbers the arrivals.
-        pinned: it runs and may not be preempted. suspect: an engine died while it computed this
-        one, among others perhaps; so it runs alone until its next token.
+        """window: where it may outgrow the context, and shifts then. targets: what of its prompt is
+        scored. output_token_ids: what an earlier engine had generated for it already. suspect_at:
+        an engine died while it computed this token of the output, among other requests perhaps; so
+        it runs alone until it has it.
         """
         self.request_id = request_id
         self.token_ids = prompt_token_ids + (output_token_ids or [])
@@ -398,7 +149,7 @@ class Request:
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
         self.choice = choice
-        self.arrival = arrival
+        self.arrival = 0.0
         self.scheduled: float | None = None
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -412,9 +163,9 @@ class Request:
         self.num_shared_blocks = 0
         self.prefix: int | None = None
         self.num_preemptions = 0
-        self.turn = (arrival, 0)
+        self.turn = (0.0, 0)
         self.pinned = False
-        self.suspect = suspect
+        self.suspect_at = suspect_at
         self.block_table: list[int] = []
         self.bases: list[int] = []
 
@@ -436,6 +187,11 @@ class Request:
         if self.targets is None or self.num_scored == len(self.targets.token_ids):
             return None
         return self.targets.first + self.num_scored
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an engine may have died of it."""
+        return self.suspect_at is not None
 
     @property
     def num_output_tokens(self) -> int:

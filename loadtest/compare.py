@@ -16,16 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from engine.config import Quantize
 from engine.errors import RopewayError
 from loadtest.bench import DEFAULT_MODEL, counts
 from loadtest.client import run_http
@@ -44,6 +45,8 @@ from loadtest.roofline import Sizes
 from loadtest.workload import Workload
 
 What = Literal["decode", "prefill", "http"]
+PeerName = Literal["llama.cpp", "transformers", "vllm"]
+Choice = TypeVar("Choice", bound=str)
 IDLE_SECONDS = 1.0
 COLUMNS: Sequence[Column] = (
     ("", lambda row: row["what"]),
@@ -66,10 +69,15 @@ class Tools:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: the shape of the streams, and how often. kinds: of llama.cpp's weights."""
+    """What is compared: the shape of the streams, and how often.
+
+    quantize: ours. kinds: of llama.cpp's weights.
+    """
 
     model: Path
     dtype: Literal["float32", "bfloat16"]
+    quantize: Quantize
+    peers: Sequence[PeerName]
     kinds: Sequence[Kind]
     streams: Sequence[int]
     prompt_tokens: int
@@ -115,20 +123,23 @@ def offline_peers(
     each: Comparison, sizes: Sizes, files: Files, tools: Tools
 ) -> tuple[list[Offline], list[Absent]]:
     """Ours first, then who is there; and who is not."""
-    present: list[Offline] = [OursOffline(each.model, each.dtype, each.threads, sizes.vocab_size)]
+    ours = OursOffline(each.model, each.dtype, each.quantize, each.threads, sizes.vocab_size)
+    present: list[Offline] = [ours]
     absent = []
-    if tools.batched_bench is None:
-        absent.append(Absent("llama.cpp offline", "no llama-batched-bench on PATH; name one"))
-    else:
-        for kind, gguf in files.gguf.items():
-            present.append(LlamaBatchedBench(tools.batched_bench, gguf, kind, each.threads))
-    if huggingface.INSTALLED:
-        model = huggingface.load(files.neox, each.dtype)
-        present.append(huggingface.Generate(model, each.threads, sizes.vocab_size))
-        most = max(each.streams)
-        present.append(huggingface.ContinuousBatching(model, each.threads, most, each.context))
-    else:
-        absent.append(Absent("transformers", "pip install transformers"))
+    if "llama.cpp" in each.peers:
+        if tools.batched_bench is None:
+            absent.append(Absent("llama.cpp offline", "no llama-batched-bench on PATH; name one"))
+        else:
+            for kind, gguf in files.gguf.items():
+                present.append(LlamaBatchedBench(tools.batched_bench, gguf, kind, each.threads))
+    if "transformers" in each.peers:
+        if not huggingface.INSTALLED:
+            absent.append(Absent("transformers", "pip install transformers"))
+        else:
+            model = huggingface.load(files.neox, each.dtype)
+            present.append(huggingface.Generate(model, each.threads, sizes.vocab_size))
+            most = max(each.streams)
+            present.append(huggingface.ContinuousBatching(model, each.threads, most, each.context))
     return present, absent
 
 
@@ -136,22 +147,21 @@ def serving_peers(
     each: Comparison, files: Files, tools: Tools
 ) -> tuple[list[Serving], list[Absent]]:
     """Ours first, then who is there; and who is not."""
-    present: list[Serving] = [OursServing(each.model, each.dtype, each.threads)]
+    present: list[Serving] = [OursServing(each.model, each.dtype, each.quantize, each.threads)]
     absent = []
     most = max(each.streams)
-    if tools.llama_server is None:
-        absent.append(Absent("llama.cpp over HTTP", "no llama-server on PATH; name one"))
-    else:
-        for kind, gguf in files.gguf.items():
-            present.append(
-                LlamaServer(tools.llama_server, gguf, kind, each.threads, most, each.context)
-            )
-    if tools.vllm is None:
-        absent.append(Absent("vllm", "no executable; name one with --vllm"))
-    else:
-        present.append(
-            VllmServing(tools.vllm, files.neox, each.dtype, each.threads, most, each.context)
-        )
+    sizes = (each.threads, most, each.context)
+    if "llama.cpp" in each.peers:
+        if tools.llama_server is None:
+            absent.append(Absent("llama.cpp over HTTP", "no llama-server on PATH; name one"))
+        else:
+            for kind, gguf in files.gguf.items():
+                present.append(LlamaServer(tools.llama_server, gguf, kind, *sizes))
+    if "vllm" in each.peers:
+        if tools.vllm is None:
+            absent.append(Absent("vllm", "no executable; name one with --vllm"))
+        else:
+            present.append(VllmServing(tools.vllm, files.neox, each.dtype, *sizes))
     return present, absent
 
 
@@ -179,6 +189,7 @@ def compare_offline(
                 if repeat and rate is not None:  # the first run warms up
                     by_peer = rates.setdefault((kind, streams), {p.name: [] for p in peers})
                     by_peer[peer.name].append(rate)
+                    progress.print(f"{kind} {streams} {peer.name}: {rate:.1f} tokens/s")
                 progress.advance(task)
     return [
         row
@@ -188,9 +199,13 @@ def compare_offline(
 
 
 def compare_http(
-    each: Comparison, sizes: Sizes, peers: Sequence[Serving], progress: Progress
+    each: Comparison,
+    sizes: Sizes,
+    peers: Sequence[Serving],
+    progress: Progress,
+    measured_all: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """All servers run all the time; one works at a time."""
+    """All servers run all the time; one works at a time. measured_all: called while they run."""
     rates: dict[int, dict[str, list[float]]] = {
         count: {peer.name: [] for peer in peers} for count in each.streams
     }
@@ -212,7 +227,11 @@ def compare_http(
                         rates[streams][name].append(measured.tokens_per_s)
                         first = statistics.median(measured.first_token_s)
                         firsts[streams][name].append(1000 * first)
+                        progress.print(
+                            f"http {streams} {name}: {measured.tokens_per_s:.1f} tokens/s"
+                        )
                     progress.advance(task)
+        measured_all()
     return [
         row
         for streams in each.streams
@@ -262,7 +281,7 @@ def compare(each: Comparison, what: Sequence[What], tools: Tools) -> dict[str, A
         if "http" in what:
             serving, missing = serving_peers(each, files, tools)
             absent += missing
-            results += compare_http(each, sizes, serving, progress)
+            results += compare_http(each, sizes, serving, progress, others.stop)
     return document(
         "compare",
         {"name": each.model.name, "parameters": sizes.parameters, "dtype": sizes.dtype},
@@ -270,6 +289,7 @@ def compare(each: Comparison, what: Sequence[What], tools: Tools) -> dict[str, A
         others,
         results,
         absent=[asdict(one) for one in absent],
+        quantize=each.quantize,
         repeats=each.repeats,
         prompt_tokens=each.prompt_tokens,
         output_tokens=each.output_tokens,
@@ -277,22 +297,17 @@ def compare(each: Comparison, what: Sequence[What], tools: Tools) -> dict[str, A
     )
 
 
-def whats(text: str) -> list[What]:
-    """Of decode, prefill, http, by commas. typer.BadParameter for anything else."""
-    known: dict[str, What] = {each: each for each in get_args(What)}
-    parts = text.split(",")
-    if unknown := [part for part in parts if part not in known]:
-        raise typer.BadParameter(f"knows {', '.join(known)}, not {unknown[0]!r}")
-    return [known[part] for part in parts]
+def some_of(known: Sequence[Choice]) -> Callable[[str], list[Choice]]:
+    """A parser of names by commas; it raises typer.BadParameter for one that is not known."""
+    by_name = {str(each): each for each in known}
 
+    def parse(text: str) -> list[Choice]:
+        parts = text.split(",")
+        if unknown := [part for part in parts if part not in by_name]:
+            raise typer.BadParameter(f"knows {', '.join(by_name)}, not {unknown[0]!r}")
+        return [by_name[part] for part in parts]
 
-def llama_kinds(text: str) -> list[Kind]:
-    """Of f32, bf16, q8_0, by commas. typer.BadParameter for anything else."""
-    known: dict[str, Kind] = {each: each for each in KINDS}
-    parts = text.split(",")
-    if unknown := [part for part in parts if part not in known]:
-        raise typer.BadParameter(f"knows {', '.join(known)}, not {unknown[0]!r}")
-    return [known[part] for part in parts]
+    return parse
 
 
 def _found(name: str) -> Path | None:
@@ -306,16 +321,28 @@ Executable = typer.Option(exists=True, dir_okay=False, help="Default: the one on
 def main(
     model: Annotated[Path, typer.Option(help="Model directory.")] = DEFAULT_MODEL,
     what: Annotated[
-        Any, typer.Option(parser=whats, metavar="NAME,...", help="Of decode, prefill, http.")
+        Any,
+        typer.Option(
+            parser=some_of(get_args(What)), metavar="NAME,...", help="Of decode, prefill, http."
+        ),
     ] = "decode,prefill,http",
+    peers: Annotated[
+        Any,
+        typer.Option(
+            parser=some_of(get_args(PeerName)),
+            metavar="NAME,...",
+            help="Of llama.cpp, transformers, vllm: with whom.",
+        ),
+    ] = "llama.cpp,transformers,vllm",
     streams: Annotated[Any, typer.Option(parser=counts, metavar="N,N,...")] = "1,8,16,32",
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Ours, transformers' and vLLM's.")
     ] = "bfloat16",
+    quantize: Annotated[Quantize, typer.Option(help="Ours.")] = "none",
     llama: Annotated[
         Any,
         typer.Option(
-            parser=llama_kinds, metavar="NAME,...", help="Of f32, bf16, q8_0: llama.cpp's."
+            parser=some_of(KINDS), metavar="NAME,...", help="Of f32, bf16, q8_0: llama.cpp's."
         ),
     ] = "bf16",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -349,6 +376,8 @@ def main(
     each = Comparison(
         model=model,
         dtype=dtype,
+        quantize=quantize,
+        peers=peers,
         kinds=llama,
         streams=streams,
         prompt_tokens=prompt_tokens,

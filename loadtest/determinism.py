@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import LLM, Completion, RequestOptions, SamplingParams
+from engine.config import DType
 from engine.messages import EngineReady
 
 BUDGET = 4096
@@ -73,7 +74,7 @@ def outcome(completions: Sequence[Completion]) -> list[object]:
 
 def compare(
     model: Path,
-    dtype: str,
+    dtype: DType,
     threads: int | None,
     load: Load,
     progress: Callable[[], None] = lambda: None,
@@ -88,7 +89,7 @@ def compare(
     def engine(max_num_seqs: int, budget: int, kv_memory: int | None = None) -> LLM:
         return LLM(
             model,
-            dtype=dtype,  # type: ignore[arg-type]  # checked by LLM
+            dtype=dtype,
             threads=threads,
             kv_memory=kv_memory,
             max_num_seqs=max_num_seqs,

@@ -22,7 +22,8 @@ from engine.model.attention.base import KVCache
 from engine.model.attention.triton import Tile, TritonBackend
 from engine.model.gpt2 import GPT2
 from engine.model.profiles import ProfileTables
-from engine.request import Request, RequestOptions, SamplingParams
+from engine.params import RequestOptions, SamplingParams
+from engine.request import Request
 from engine.scaling import UNSCALED
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import OWN

@@ -17,7 +17,8 @@ from engine.model.cuda_layers import WIDE_TILES as PRODUCT_TILES
 from engine.model.cuda_layers import use_triton
 from engine.model.gpt2 import GPT2
 from engine.model.rope import RotaryTable
-from engine.request import Request, SamplingParams
+from engine.params import SamplingParams
+from engine.request import Request
 from loadtest.gpu_engine import GREEDY, BareEngine, random_model
 from loadtest.gpu_report import Report
 from loadtest.gpu_scale import Scale, same, small_config

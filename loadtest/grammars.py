@@ -13,11 +13,11 @@ from engine import LLM, SamplingParams
 from engine.config import DType
 from engine.core import grammar_vocabulary
 from engine.grammar import Matcher, Vocabulary, masks_of
-from engine.request import Grammar
+from engine.params import Grammar
 from loadtest.figures import percentile, ranged, spread
 from loadtest.machine import Machine
 from loadtest.others import Others
-from loadtest.report import Column, document
+from loadtest.report import Column, offline_document
 from loadtest.workload import Measured, Workload
 
 PERSON = {
@@ -90,15 +90,7 @@ def measure(
                     masks[name] = _mask_seconds(vocabulary, grammar, outputs)
             progress()
         results += [_result(name, count, runs, masks) for name in GRAMMARS]
-    return document(
-        "grammar",
-        {"name": info.model, "parameters": info.num_parameters, "dtype": info.dtype},
-        machine,
-        others,
-        results,
-        engine={"device": info.device, "attention": info.attention, "threads": info.threads},
-        repeats=repeats,
-    )
+    return offline_document("grammar", info, machine, others, results, repeats)
 
 
 def _run(

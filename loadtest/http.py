@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import platform
-import resource
 import socket
 import subprocess
 import sys
@@ -20,6 +19,10 @@ from typing import Annotated
 import psutil
 import typer
 from rich.console import Console
+
+from loadtest.errors import Unmeasurable
+from loadtest.report import write
+from loadtest.servers import allow_connections
 
 ENDED = b"event: done"
 CHUNK = 1 << 16
@@ -173,10 +176,6 @@ def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
 
 def idle(model: Path, streams: int) -> Idle:
     """What so many streams cost that wait."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = streams + 256
-    if soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
     with workers(model, 0) as (port, (process,)):
 
         async def grow() -> int:
@@ -210,6 +209,10 @@ def measure(
     The engine computes nothing, so the HTTP processes are what is measured: by their own processor
     time, which other programs do not disturb much.
     """
+    try:
+        allow_connections(max(idle_streams, count * streams))
+    except Unmeasurable as error:
+        raise typer.BadParameter(str(error)) from error
     console = Console(stderr=True)
     carried = []
     for _ in range(runs):
@@ -236,7 +239,4 @@ def measure(
         "carried": [asdict(each) for each in carried],
         "idle": asdict(waiting),
     }
-    text = json.dumps(document, indent=2)
-    print(text)
-    if json_file is not None:
-        json_file.write_text(text + "\n")
+    write(document, json_file)

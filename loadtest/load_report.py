@@ -28,7 +28,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
        color: #222; }
 h1 { margin-bottom: 0 } .sub { color: #666; margin-top: 0 }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 } svg { width: 100%; height: auto }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
+th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid #ddd;
          font-variant-numeric: tabular-nums; white-space: nowrap }
 th { font-weight: 600 } th:first-child, td:first-child, td.text { text-align: left }
 .bad { color: #c0392b } .good { color: #2e7d32 } .warn { background: #fff3cd; padding: .5rem 1rem }

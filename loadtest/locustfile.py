@@ -17,8 +17,6 @@ import math
 import random
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from locust.env import Environment
 from locust.event import EventHook
 from locust.runners import MasterRunner, WorkerRunner
 
+from loadtest.address import Address
 from loadtest.scenarios import SCENARIOS
 from loadtest.stream import Client, Generation
 
@@ -73,19 +72,20 @@ class Records:
         elif isinstance(self._runner, MasterRunner):
             hooks.worker_report.add_listener(self._receive)
 
-    @property
-    def closed(self) -> bool:
-        """Whether no more requests are to be sent."""
-        return time.time() >= self._closes
+    def open(self, at: float) -> bool:
+        """Whether a request that comes at a time (of time.time()) is to be sent, however late.
+        If so, the run does not end before close() was called for it."""
+        taken = at < self._closes
+        self._open += taken
+        return taken
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """While a request is under way."""
-        self._open += 1
-        try:
-            yield
-        finally:
-            self._open -= 1
+    def close(self) -> None:
+        """A request has ended."""
+        self._open -= 1
+
+    @property
+    def _ended_here(self) -> bool:
+        return time.time() >= self._closes and not self._open
 
     def write(self, path: Path) -> None:
         """JSON, in the order of arrival."""
@@ -96,7 +96,7 @@ class Records:
 
     def _send(self, client_id: str, data: dict[str, Any]) -> None:
         data["generations"], self._kept = self._kept, []
-        data["ended"] = self.closed and not self._open
+        data["ended"] = self._ended_here
 
     def _receive(self, client_id: str, data: dict[str, Any]) -> None:
         self._kept += data.get("generations", [])
@@ -123,7 +123,7 @@ class Records:
     def _all_ended(self) -> bool:
         if isinstance(self._runner, MasterRunner):
             return len(self._ended) >= self._runner.worker_count
-        return self.closed and not self._open
+        return self._ended_here
 
 
 @events.init_command_line_parser.add_listener
@@ -138,6 +138,8 @@ def add_options(parser: LocustArgumentParser) -> None:
     parser.add_argument(
         "--load-seconds", type=float, default=0.0, help="send for so long; 0: until stopped"
     )
+    parser.add_argument("--api-key", default="", is_secret=True, help="sent with every request")
+    parser.add_argument("--ssl-cafile", default="", help="certificates to trust, for https://")
     parser.add_argument("--load-seed", type=int, default=0)
     parser.add_argument(
         "--records", help="write every request here, as JSON", include_in_web_ui=False
@@ -148,7 +150,7 @@ def add_options(parser: LocustArgumentParser) -> None:
 def prepare(environment: Environment, **_: object) -> None:
     """Collect what the users see, and write it at the end."""
     records = Records(environment)
-    environment.records = records  # type: ignore[attr-defined]  # as above
+    environment.records = records  # type: ignore[attr-defined]  # for users to find; Locust passes nothing else
     path = environment.parsed_options.records if environment.parsed_options else None
     if path and not isinstance(environment.runner, WorkerRunner):
         environment.events.quitting.add_listener(lambda **_: records.write(Path(path)))
@@ -167,21 +169,29 @@ class Source(User):
         if self._rate <= 0:
             raise ValueError(f"--source-rate must be greater than 0, got {self._rate:g}")
         self._records: Records = self.environment.records
-        self._client = Client(str(self.host), options.silence)
-        self._pool = self._client.token_ids(POOL_TEXT)
+        cafile = Path(options.ssl_cafile) if options.ssl_cafile else None
+        address = Address(str(self.host), options.api_key or None, cafile)
+        self._client = Client(address, options.silence)
         worker = getattr(self.environment.runner, "worker_index", 0)
         self._rng = random.Random(f"{options.load_seed}.{worker}.{Source._started}")
         Source._started += 1
-        self._next = time.time()
         self._requests = Group()
+        self._next = time.time()
+        self._pool = self._client.token_ids(POOL_TEXT)
+        self._draw()
+
+    def _draw(self) -> None:
+        """The next arrival. One that comes before the end is sent, also where we are late."""
+        self._next = self._scenario.arrivals.next(self._next, self._rate, self._rng)
+        self._sends = self._records.open(self._next)
 
     @task
     def arrive(self) -> None:
         """Wait for the next arrival and start its request; nobody waits for its end."""
-        self._next = self._scenario.arrivals.next(self._next, self._rate, self._rng)
         gevent.sleep(max(0.0, self._next - time.time()))
-        if not self._records.closed:
+        if self._sends:
             self._requests.spawn(self._request, self._next)
+        self._draw()
 
     def on_stop(self) -> None:
         """Let what was sent end: what a slow server has not answered yet counts most."""
@@ -190,9 +200,11 @@ class Source(User):
     def _request(self, at: float) -> None:
         plan = self._scenario.plan(self._rng, self._pool, self._context)
         generation = Generation(self._scenario.name, at, len(plan.prompt))
-        with self._records.opened():
+        try:
             self._client.run(generation, plan.prompt, plan.max_tokens, plan.leaves_after)
             self._fire(generation)
+        finally:
+            self._records.close()
 
     def _fire(self, generation: Generation) -> None:
         hooks, name = self.environment.events, generation.scenario

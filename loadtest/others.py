@@ -17,9 +17,18 @@ class Others:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._busy, self._own = _busy_seconds(), _own_seconds()
+        self._seen: float | None = None
+
+    def stop(self) -> None:
+        """What comes from now on does not count, such as the end of servers: a process that ends
+        without waiting for its own takes the knowledge of their time with it."""
+        self._seen = self._cores()
 
     def cores(self) -> float:
         """Cores that were busy for others on average; what a hypervisor took away counts."""
+        return self._cores() if self._seen is None else self._seen
+
+    def _cores(self) -> float:
         seconds = time.perf_counter() - self._start
         own = _own_seconds() - self._own
         return round(max(0.0, (_busy_seconds() - self._busy - own) / seconds), 2)

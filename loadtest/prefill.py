@@ -12,7 +12,7 @@ from engine.config import DType
 from loadtest.figures import ranged, share, spread
 from loadtest.machine import Machine
 from loadtest.others import Others
-from loadtest.report import Column, document
+from loadtest.report import Column, offline_document
 from loadtest.roofline import Sizes, prefill_limit
 from loadtest.workload import Workload, run_offline
 
@@ -63,12 +63,4 @@ def measure(
             result["limit_tokens_per_s"] = round(limit, 1)
             result["of_limit"] = round(statistics.median(rates) / limit, 3)
         results.append(result)
-    return document(
-        "prefill",
-        {"name": info.model, "parameters": info.num_parameters, "dtype": info.dtype},
-        machine,
-        others,
-        results,
-        engine={"device": info.device, "attention": info.attention, "threads": info.threads},
-        repeats=repeats,
-    )
+    return offline_document("prefill", info, machine, others, results, repeats)

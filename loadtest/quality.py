@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from engine import LLM, RequestOptions
 from engine.config import CacheConfig, DType, Quantize
 from engine.errors import InvalidRequest
 from engine.request import SINK_BLOCKS, Window
+from loadtest.report import write
 
 SHIFT = RequestOptions(overflow="shift")
 WITHIN = 0.05
@@ -209,10 +209,7 @@ def quality(
         task = bar.add_task("scoring", total=1.0 + len(kept))
         document = compare(llm, content, kept, stride, lambda done: bar.advance(task, done))
     document = {"command": "quality", "text": text.name, **document}
-    output = json.dumps(document, indent=2)
-    print(output)
-    if json_file is not None:
-        json_file.write_text(output + "\n")
+    write(document, json_file)
     table = Table(
         title=f"{document['model']['name']}, {document['engine']['products']}: {text.name}, "
         f"{document['tokens']} tokens, window {document['window_tokens']}"

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from engine.messages import EngineReady
 from loadtest.machine import Machine
 from loadtest.others import Others, doubt
 
@@ -38,12 +39,37 @@ def document(
     }
 
 
-def report(content: Mapping[str, Any], columns: Sequence[Column], path: Path | None) -> None:
-    """Show it. path: a file for the JSON too. Doubts about the figures stand below the table."""
+def offline_document(
+    command: str,
+    info: EngineReady,
+    machine: Machine,
+    others: Others,
+    results: Sequence[Mapping[str, Any]],
+    repeats: int,
+) -> dict[str, Any]:
+    """The document of what ran in this process, where the engine says of itself what it is."""
+    return document(
+        command,
+        {"name": info.model, "parameters": info.num_parameters, "dtype": info.dtype},
+        machine,
+        others,
+        results,
+        engine={"device": info.device, "attention": info.attention, "threads": info.threads},
+        repeats=repeats,
+    )
+
+
+def write(content: Mapping[str, Any], path: Path | None) -> None:
+    """As JSON on standard output; path: a file for it too."""
     text = json.dumps(content, indent=2)
     print(text)
     if path is not None:
         path.write_text(text + "\n")
+
+
+def report(content: Mapping[str, Any], columns: Sequence[Column], path: Path | None) -> None:
+    """Write it, and show it as a table; doubts about the figures stand below that."""
+    write(content, path)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
     machine = content["machine"]
     table = Table(

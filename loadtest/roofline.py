@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from engine.config import DType
-from engine.core import resolve_device, resolve_dtype
+from engine.model.attention.base import KVCache
 from engine.model.gpt2 import GPT2
 from engine.model.loader import read_config
+from engine.resources import resolve_device, resolve_dtype
 from loadtest.machine import Machine
 from loadtest.workload import Workload
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,16 @@ class Sizes:
             network = GPT2(config)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         device = resolve_device("auto")
-        name = str(resolve_dtype(dtype, device)).removeprefix("torch.")
+        served = resolve_dtype(dtype, device)
         return cls(
             parameters=parameters,
             embedding=config.padded_vocab_size * config.hidden_size,
             layers=config.num_layers,
             hidden=config.hidden_size,
             device=device.type,
-            dtype=name,
-            weight_bytes=parameters * ITEM_BYTES[name],
-            kv_bytes=2 * config.num_layers * config.hidden_size * ITEM_BYTES[name],
+            dtype=str(served).removeprefix("torch."),
+            weight_bytes=parameters * served.itemsize,
+            kv_bytes=KVCache.bytes_per_block(config, 1, served),
             vocab_size=config.vocab_size,
             max_position=config.max_position,
         )
@@ -66,6 +65,20 @@ def decode_limit(sizes: Sizes, machine: Machine, workload: Workload) -> float:
     context = workload.prompt_tokens + workload.output_tokens / 2
     cached = workload.streams * context * sizes.kv_bytes
     return workload.streams * machine.read_gb_s * 1e9 / (sizes.weight_bytes + cached)
+
+
+def of_read_limit(
+    sizes: Sizes, machine: Machine, workload: Workload, tokens_per_s: float
+) -> dict[str, float]:
+    """What decode_limit makes of a rate, for a row of results; nothing where the bandwidth that was
+    measured, the CPU's, is not what was read with."""
+    if sizes.device != "cpu":
+        return {}
+    limit = decode_limit(sizes, machine, workload)
+    return {
+        "read_limit_tokens_per_s": round(limit, 1),
+        "of_read_limit": round(tokens_per_s / limit, 3),
+    }
 
 
 def prefill_limit(sizes: Sizes, machine: Machine, tokens: int) -> float:

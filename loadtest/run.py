@@ -11,18 +11,21 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from loadtest.address import Address
 from loadtest.errors import Unmeasurable
 from loadtest.load_report import Report
 from loadtest.others import Others, doubt
 from loadtest.points import Bounds, Point, find_knee
 from loadtest.scenarios import SCENARIOS
-from loadtest.servers import Served, ropeway
+from loadtest.servers import ropeway
 from loadtest.stream import Generation
 
 RAMP = "ramp"
@@ -36,34 +39,50 @@ BROKEN, UNMEASURED, TERMINATED = 1, 3, 128 + signal.SIGTERM
 SOURCES = 8
 """Locust users of a run; their sum is a Poisson process again, however many they are."""
 
+option = partial(typer.Option, show_envvar=False)
 LOCUSTFILE = Path(__file__).parent / "locustfile.py"
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def run_locust(
-    url: str, scenario: str, rate: float, seconds: float, context: int, workers: int, seed: int
-) -> list[Generation]:
-    """One headless run of Locust, until its last request has ended. Raises Unmeasurable.
+@dataclass(frozen=True)
+class Locust:
+    """How Locust is run against a server.
 
-    seed: another for each run of a server, whose prefix cache would know the prompts otherwise.
+    context: the server's, in tokens; workers: processes.
     """
-    with tempfile.TemporaryDirectory(prefix="ropeway-load-") as folder:
-        records = Path(folder) / "records.json"
-        command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
-        command += ["--headless", "--host", url, "--users", str(SOURCES)]
-        command += ["--spawn-rate", "1000", "--stop-timeout", "120", "--exit-code-on-error", "0"]
-        command += ["--scenario", scenario, "--source-rate", str(rate / SOURCES)]
-        command += ["--load-seconds", str(seconds), "--context", str(context)]
-        command += ["--load-seed", str(seed)]
-        command += ["--records", str(records), "--only-summary", "--loglevel", "WARNING"]
-        if workers > 1:
-            command += ["--processes", str(workers)]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        if done.returncode or not records.exists():
-            raise Unmeasurable(f"locust ended with status {done.returncode}:\n{done.stdout}")
-        return [Generation(**each) for each in json.loads(records.read_text())]
+
+    address: Address
+    context: int
+    workers: int
+
+    def run(self, scenario: str, rate: float, seconds: float, seed: int) -> list[Generation]:
+        """One headless run, until its last request has ended. Raises Unmeasurable.
+
+        seed: another for each run of a server, whose prefix cache would know the prompts otherwise.
+        """
+        with tempfile.TemporaryDirectory(prefix="ropeway-load-") as folder:
+            records, secret = Path(folder) / "records.json", Path(folder) / "locust.toml"
+            command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE)]
+            command += ["--headless", "--host", self.address.url, "--users", str(SOURCES)]
+            command += ["--spawn-rate", "1000", "--stop-timeout", "120"]
+            command += ["--exit-code-on-error", "0"]
+            command += ["--scenario", scenario, "--source-rate", str(rate / SOURCES)]
+            command += ["--load-seconds", str(seconds), "--context", str(self.context)]
+            command += ["--load-seed", str(seed)]
+            command += ["--records", str(records), "--only-summary", "--loglevel", "WARNING"]
+            if self.address.api_key is not None:  # not where a list of processes shows it
+                secret.write_text(f"[tool.locust]\napi-key = {json.dumps(self.address.api_key)}\n")
+                command += ["--config", str(secret)]
+            if self.address.ssl_cafile is not None:
+                command += ["--ssl-cafile", str(self.address.ssl_cafile)]
+            if self.workers > 1:
+                command += ["--processes", str(self.workers)]
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            )
+            if done.returncode or not records.exists():
+                raise Unmeasurable(f"locust ended with status {done.returncode}:\n{done.stdout}")
+            return [Generation(**each) for each in json.loads(records.read_text())]
 
 
 def fill(
@@ -94,33 +113,58 @@ def fill(
             report.generations[name] = generations
 
 
+def _address(
+    host: str | None, serve: str, api_key: str | None, ssl_cafile: Path | None
+) -> Address | None:
+    """Of the server that runs already; None where one is to be started. Raises BadParameter."""
+    if host is None:
+        if ssl_cafile is not None or "--ssl-" in serve:
+            raise typer.BadParameter("a server with HTTPS must run already: name it by --host")
+        return None
+    if serve:
+        raise typer.BadParameter("--serve is for a server that is started here, not for --host")
+    try:
+        return Address(host, api_key, ssl_cafile)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command()
 def loadtest(
     *,
     host: Annotated[
         str | None,
-        typer.Option(help="Load this server.", show_default="one that is started for it"),
+        option(help="Load this server.", show_default="one that is started for it"),
     ] = None,
-    serve: Annotated[
-        str, typer.Option(help="Arguments of the server that is started, by spaces.")
-    ] = "",
+    serve: Annotated[str, option(help="Arguments of the server that is started, by spaces.")] = "",
     scenario: Annotated[
         list[str] | None,
-        typer.Option(help="ramp or a scenario; may be repeated.", show_default="all"),
+        option(help="ramp or a scenario; may be repeated.", show_default="all"),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(help="Requests/s of the scenarios.", show_default="0.6 of the knee's"),
+        option(help="Requests/s of the scenarios.", show_default="0.6 of the knee's"),
     ] = None,
-    start_rate: Annotated[float, typer.Option(help="Requests/s that the ramp begins with.")] = 2.0,
-    seconds: Annotated[float, typer.Option(min=1, help="Counted seconds of each run.")] = 12.0,
-    warmup: Annotated[float, typer.Option(min=0, help="Seconds before these.")] = 3.0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of Locust.")] = 1,
-    slo_ttft_ms: Annotated[float, typer.Option(help="Bound of 95 % of first tokens.")] = 500.0,
-    slo_itl_ms: Annotated[float, typer.Option(help="Bound of 95 % of inter-token gaps.")] = 50.0,
-    slo_errors: Annotated[float, typer.Option(help="Bound of the share of errors.")] = 0.01,
-    slo_rate: Annotated[float, typer.Option(help="Requests/s that the knee must reach.")] = 0.0,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("loadtest-report"),
+    start_rate: Annotated[float, option(help="Requests/s that the ramp begins with.")] = 2.0,
+    seconds: Annotated[float, option(min=1, help="Counted seconds of each run.")] = 12.0,
+    warmup: Annotated[float, option(min=0, help="Seconds before these.")] = 3.0,
+    workers: Annotated[int, option(min=1, help="Processes of Locust.")] = 1,
+    api_key: Annotated[
+        str | None, option(metavar="KEY", help="Sent with every request.", show_default=False)
+    ] = None,
+    ssl_cafile: Annotated[
+        Path | None,
+        option(
+            metavar="FILE",
+            help="Certificates to trust, for an https:// host.",
+            show_default="the system's",
+        ),
+    ] = None,
+    slo_ttft_ms: Annotated[float, option(help="Bound of 95 % of first tokens.")] = 500.0,
+    slo_itl_ms: Annotated[float, option(help="Bound of 95 % of inter-token gaps.")] = 50.0,
+    slo_errors: Annotated[float, option(help="Bound of the share of errors.")] = 0.01,
+    slo_rate: Annotated[float, option(help="Requests/s that the knee must reach.")] = 0.0,
+    out: Annotated[Path, option(help="Folder of the report.")] = Path("loadtest-report"),
 ) -> None:
     """Find the highest rate that keeps the bounds, then try each scenario below it.
 
@@ -140,8 +184,7 @@ def loadtest(
                 f"{option} must be at least {LEAST_REQUESTS / seconds:g}, {LEAST_REQUESTS} "
                 f"requests in the {seconds:g} s of a run, got {value:g}"
             )
-    if host is not None and serve:
-        raise typer.BadParameter("--serve is for a server that is started here, not for --host")
+    address = _address(host, serve, api_key, ssl_cafile)
     # So that the server does not outlive us, as it would where SIGTERM just ended us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     console = Console(stderr=True)
@@ -157,14 +200,15 @@ def loadtest(
 
     try:
         with ExitStack() as stack:
-            url = host.rstrip("/") if host else stack.enter_context(ropeway(*serve.split())).url
-            served = Served.at(url)
-            notes["model"] = f"{served.name}, context {served.context:,} tokens"
+            if address is None:
+                url = stack.enter_context(ropeway(*serve.split())).url
+                address = Address(url, api_key)
+            name, context = address.model()
+            notes["model"] = f"{name}, context {context:,} tokens"
+            locust = Locust(address, context, workers)
 
             def run(name: str, at: float) -> tuple[Point, list[Generation]]:
-                generations = run_locust(
-                    url, name, at, warmup + seconds, served.context, workers, next(seeds)
-                )
+                generations = locust.run(name, at, warmup + seconds, next(seeds))
                 point = Point.of(at, warmup, seconds, generations)
                 broken = point.broken(bounds)
                 console.print(

@@ -17,7 +17,7 @@ from loadtest.gauges import read_gauges
 from loadtest.machine import Machine
 from loadtest.others import Others
 from loadtest.report import Column, document
-from loadtest.roofline import Sizes, decode_limit
+from loadtest.roofline import Sizes, of_read_limit
 from loadtest.servers import Server, check_reachable, ropeway
 from loadtest.workload import Measured, Workload
 
@@ -165,12 +165,8 @@ def measure(
         results = []
         for workload in workloads:
             result = {"what": "streams", **asdict(workload), **figures(runs[workload.streams])}
-            if sizes.device == "cpu":  # whose bandwidth was measured
-                limit = decode_limit(sizes, machine, workload)
-                result["read_limit_tokens_per_s"] = round(limit, 1)
-                got = result["decode_tokens_per_s"]["median"]
-                result["of_read_limit"] = round(got / limit, 3)
-            results.append(result)
+            got = result["decode_tokens_per_s"]["median"]
+            results.append(result | of_read_limit(sizes, machine, workload, got))
         for arrives, each in gaps.items():
             what = f"{arrival.prompt_tokens} tokens arrive" if arrives else "nothing arrives"
             results.append(

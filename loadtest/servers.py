@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from loadtest.errors import Unmeasurable
 READY_SECONDS = 300.0
 STOP_SECONDS = 30.0
 ANSWER_SECONDS = 5.0
+LOG_CHARACTERS = 2000
 OTHER_FILES = 200
 PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 
@@ -100,7 +100,7 @@ def started(
             process_group=0,
         )
         try:
-            _wait_ready(url + ready, process)
+            _wait_ready(url + ready, process, log)
             yield Server(url, process, time.perf_counter() - start)
         finally:
             process.terminate()
@@ -130,11 +130,12 @@ def _get(url: str) -> tuple[int, str]:
             return refusal.code, refusal.read().decode()
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path | None) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise Unmeasurable(f"the server ended with status {process.returncode}")
+            last = log.read_text(errors="replace")[-LOG_CHARACTERS:] if log else ""
+            raise Unmeasurable(f"the server ended with status {process.returncode}\n{last}".strip())
         with suppress(OSError):
             if _get(url)[0] == 200:
                 return
@@ -150,24 +151,3 @@ def check_reachable(url: str) -> None:
         raise Unmeasurable(f"no server can be reached at {url}: {error}") from error
     if status != 200:
         raise Unmeasurable(f"{url}/ready: {status}: {body}")
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a server says of its model. context: in tokens."""
-
-    name: str
-    context: int
-
-    @classmethod
-    def at(cls, url: str) -> Served:
-        """Raises Unmeasurable unless a Ropeway server is ready there, and lets us in."""
-        check_reachable(url)
-        status, body = _get(f"{url}/v1/models")
-        if status != 200:
-            raise Unmeasurable(f"{url}/v1/models: {status}: {body}")
-        try:
-            (model,) = json.loads(body)["data"]
-            return cls(model["id"], model["max_model_len"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise Unmeasurable(f"{url} is no Ropeway server: /v1/models: {body[:200]}") from error

@@ -10,7 +10,8 @@ import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+
+from loadtest.address import Address
 
 OK, LEFT, CUT = "ok", "left", "connection_lost"
 """Outcomes beside the server's error codes: complete, left by its client, ended without an end."""
@@ -57,19 +58,16 @@ class Generation:
 class Client:
     """Reads streams of one server."""
 
-    def __init__(self, url: str, timeout: float) -> None:
-        """url: http://HOST:PORT; timeout: seconds of silence. Raises ValueError on another url."""
-        parts = urlsplit(url)
-        if parts.scheme != "http" or parts.hostname is None:
-            raise ValueError(f"the host must be http://NAME:PORT, got {url!r}")
-        self._address = (parts.hostname, parts.port or 80)
+    def __init__(self, address: Address, timeout: float) -> None:
+        """timeout: seconds of silence, after which a stream is given up."""
+        self._address = address
         self._timeout = timeout
 
     def token_ids(self, text: str) -> list[int]:
         """What the server's tokenizer makes of a text. Raises OSError, RuntimeError."""
-        connection = self._connect()
+        connection = self._address.connection(self._timeout)
         try:
-            response = _post(connection, "/tokenize", {"text": text})
+            response = self._post(connection, "/tokenize", {"text": text})
             content = response.read()
             if response.status != 200:
                 raise RuntimeError(f"/tokenize answered {response.status}: {content!r}")
@@ -89,10 +87,10 @@ class Client:
         generation.late = max(0.0, start - generation.at)
         # From here on by the clock that is never set.
         began = time.perf_counter() - generation.late
-        connection = self._connect()
+        connection = self._address.connection(self._timeout)
         body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "seed": 1}
         try:
-            response = _post(connection, "/generate", body)
+            response = self._post(connection, "/generate", body)
             generation.status = response.status
             if response.status != 200:
                 generation.outcome = _code(response.read())
@@ -104,15 +102,12 @@ class Client:
             generation.total = time.perf_counter() - began
             connection.close()
 
-    def _connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(*self._address, timeout=self._timeout)
-
-
-def _post(
-    connection: http.client.HTTPConnection, path: str, body: dict[str, Any]
-) -> http.client.HTTPResponse:
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    return connection.getresponse()
+    def _post(
+        self, connection: http.client.HTTPConnection, path: str, body: dict[str, Any]
+    ) -> http.client.HTTPResponse:
+        headers = self._address.headers | {"Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(body), headers)
+        return connection.getresponse()
 
 
 def _code(body: bytes) -> str:

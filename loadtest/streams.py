@@ -15,8 +15,8 @@ from loadtest.client import run_http
 from loadtest.figures import figures, ranged, share
 from loadtest.machine import Machine
 from loadtest.others import Others
-from loadtest.report import Column, document
-from loadtest.roofline import Sizes, decode_limit
+from loadtest.report import Column, offline_document
+from loadtest.roofline import Sizes, of_read_limit
 from loadtest.servers import ropeway
 from loadtest.workload import Measured, Workload, run_offline
 
@@ -69,18 +69,6 @@ def measure(
                 progress()
             for path, each in runs.items():
                 result = {"path": path, **asdict(workload), **figures(each)}
-                if info.device == "cpu":  # whose bandwidth was measured
-                    limit = decode_limit(sizes, machine, workload)
-                    result["read_limit_tokens_per_s"] = round(limit, 1)
-                    got = result["decode_tokens_per_s"]["median"]
-                    result["of_read_limit"] = round(got / limit, 3)
-                results.append(result)
-    return document(
-        command,
-        {"name": info.model, "parameters": info.num_parameters, "dtype": info.dtype},
-        machine,
-        others,
-        results,
-        engine={"device": info.device, "attention": info.attention, "threads": info.threads},
-        repeats=repeats,
-    )
+                got = result["decode_tokens_per_s"]["median"]
+                results.append(result | of_read_limit(sizes, machine, workload, got))
+    return offline_document(command, info, machine, others, results, repeats)

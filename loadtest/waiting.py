@@ -18,7 +18,7 @@ from loadtest.gauges import read_gauges
 from loadtest.machine import Machine
 from loadtest.others import Others
 from loadtest.report import Column, document
-from loadtest.roofline import Sizes, decode_limit
+from loadtest.roofline import Sizes, of_read_limit
 from loadtest.servers import allow_connections, ropeway
 from loadtest.workload import Measured, Workload
 
@@ -129,7 +129,7 @@ def measure(
     results = []
     for count, each in rates.items():
         rate = statistics.median(each)
-        result: dict[str, Any] = {
+        result = {
             "waiting": count,
             "streams": streams,
             "prompt_tokens": workload.prompt_tokens,
@@ -137,11 +137,7 @@ def measure(
             "decode_tokens_per_s": spread(each),
             "of_none_waiting": round(rate / none, 3),
         }
-        if sizes.device == "cpu":  # whose bandwidth was measured
-            limit = decode_limit(sizes, machine, workload)
-            result["read_limit_tokens_per_s"] = round(limit, 1)
-            result["of_read_limit"] = round(rate / limit, 3)
-        results.append(result)
+        results.append(result | of_read_limit(sizes, machine, workload, rate))
     return document(
         "queue",
         {"name": model.name, "parameters": sizes.parameters, "dtype": sizes.dtype},

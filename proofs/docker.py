@@ -24,121 +24,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-from proofs.common import ROOT, Failed, call, expect, free_port, local_torch
+from proofs.common import ROOT, Failed, expect, free_port
+from proofs.images import Buildah, Image, local_index, make_base
 
-BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 LIMIT_BYTES = 1_200_000_000
 CUDA_NAMES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libtorch_cuda", "nvidia_")
 SERVES = "serves, is checked, drains and stops"
 WORKS = {"cpu": SERVES, "cuda": SERVES, "loadtest": "loads a server and reports"}
-START_SECONDS = 120.0
-DRAIN_SECONDS = 180
-HOST_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-
-
-class Buildah:
-    """buildah with all that it keeps under one folder."""
-
-    def __init__(self, work: Path) -> None:
-        """work: an empty folder with room for some gigabytes."""
-        storage = ("--storage-driver", "vfs", "--root", work / "storage")
-        self._options: tuple[str | Path, ...] = (*storage, "--runroot", work / "run")
-
-    def __call__(self, *arguments: str | Path, log: Path | None = None) -> str:
-        """One command's output, without the white space around it."""
-        return call("buildah", *self._options, *arguments, log=log).strip()
-
-    def remove(self, name: str) -> None:
-        """An image, and the containers, mounted ones too."""
-        self("rm", "--all")
-        self("rmi", "--force", name)
-
-    def remove_all(self) -> None:
-        """Containers (which are mounted) and images."""
-        self("rm", "--all")
-        self("rmi", "--all", "--force")
-
-
-def make_base(buildah: Buildah, work: Path, suite: str) -> str:
-    """An image of a minimal Debian with Python; its name.
-
-    The certificates are this machine's, so that pip finds a package index from inside as it does
-    here, also through a proxy that has its own.
-    """
-    rootfs = work / "rootfs"
-    call(
-        "debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", suite, rootfs,
-        log=work / "debootstrap.log",
-    )  # fmt: skip
-    if HOST_CERTIFICATES.exists():
-        shutil.copy(HOST_CERTIFICATES, rootfs / HOST_CERTIFICATES.relative_to("/"))
-    (rootfs / "etc/pip.conf").write_text(f"[global]\ncert = {HOST_CERTIFICATES}\n")
-    (rootfs / "etc/resolv.conf").unlink(missing_ok=True)  # buildah makes one
-    container = buildah("from", "scratch")
-    buildah("add", "--quiet", container, rootfs, "/")
-    name = "localhost/ropeway-base"
-    buildah("commit", "--quiet", container, name)
-    buildah("rm", container)
-    shutil.rmtree(rootfs)
-    return name
-
-
-def local_index(work: Path, version: str) -> Path | None:
-    """A package index of one wheel, where pip has PyTorch's CPU build at hand; else None."""
-    wheel = local_torch(work / "index" / "torch", version)
-    if wheel is None:
-        return None
-    (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>\n')
-    return wheel.parent.parent
-
-
-@dataclass(frozen=True)
-class Image:
-    """root: its files, mounted; config: what it says of itself, as Docker has it."""
-
-    root: Path
-    config: dict[str, Any]
-
-    @property
-    def environment(self) -> list[str]:
-        """NAME=VALUE, as the image sets it."""
-        return self._list("Env")
-
-    def command(self, *arguments: str) -> list[str]:
-        """What `docker run IMAGE ARGUMENTS` executes."""
-        return self._list("Entrypoint") + (list(arguments) or self._list("Cmd"))
-
-    @property
-    def healthcheck(self) -> list[str]:
-        """The command of HEALTHCHECK, without its CMD."""
-        kind, *command = self.config["Healthcheck"]["Test"]
-        if kind != "CMD":
-            raise Failed(f"HEALTHCHECK is {kind}, not CMD: it would need a shell")
-        return list(command)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files, each inode once, without the shipped weights."""
-        seen = {}
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                path = Path(folder) / name
-                if path.suffix != ".safetensors":
-                    status = path.lstat()
-                    seen[status.st_ino] = status.st_size
-        return sum(seen.values())
-
-    def files(self, *beginnings: str) -> list[str]:
-        """Names of files and folders that begin so."""
-        return [path.name for path in self.root.rglob("*") if path.name.startswith(beginnings)]
-
-    def _list(self, key: str) -> list[str]:
-        return list(self.config.get(key) or [])
+START_SECONDS = 300.0
+DRAIN_SECONDS = 1800
 
 
 class Container:
@@ -185,8 +82,8 @@ class Container:
                 stderr=subprocess.STDOUT,
             )
         self.pid = self._first_child()
-        while self.execute("true") and self._process.poll() is None:
-            time.sleep(0.01)  # the mounts are made
+        while not self._in_its_root and self._process.poll() is None:
+            time.sleep(0.01)
 
     def _first_child(self) -> int:
         """The container's process 1, as seen from here."""
@@ -196,6 +93,15 @@ class Container:
                 return int(pids[0])
             time.sleep(0.01)
         raise Failed(f"it did not start:\n{self._log.read_text()}")
+
+    @property
+    def _in_its_root(self) -> bool:
+        """Whether the mounts are made. Nothing is run inside to find out: to read a file there is
+        to note when, and a root that is being written to cannot be made read-only."""
+        try:
+            return os.readlink(f"/proc/{self.pid}/root") != "/"
+        except FileNotFoundError:  # it has ended
+            return False
 
     def status_of(self, field: str) -> list[str]:
         """A line of process 1's /proc/.../status."""
@@ -232,7 +138,7 @@ class Container:
 
     def post(self, **body: object) -> http.client.HTTPResponse:
         """POST /generate."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS)
         connection.request(
             "POST", "/generate", json.dumps(body), {"Content-Type": "application/json"}
         )
@@ -280,7 +186,7 @@ def try_image(image: Image, work: Path) -> None:
         stream = server.post(prompt="The old captain", max_tokens=800, ignore_eos=True)
         head = stream.readline() + stream.readline()
         server.terminate()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + START_SECONDS
         while server.healthy and time.monotonic() < deadline:
             time.sleep(0.02)
         refused = server.post(prompt="x", max_tokens=1).status

@@ -23,6 +23,7 @@ import ray
 from ray import serve
 from ray.util import list_named_actors
 
+from loadtest.address import Address
 from loadtest.scenarios import Lengths, Scenario
 from loadtest.stream import OK, Client, Generation
 from proofs.common import ROOT, Failed, expect, free_port
@@ -140,7 +141,7 @@ def prove_failures() -> None:
 def cached_share(routing: str) -> float:
     """Of the tokens of shared beginnings, those that were not computed again."""
     start(min_replicas=2, max_replicas=2, routing=routing, kv_memory=KV_MEMORY, max_num_seqs=8)
-    client = Client(f"http://127.0.0.1:{PORT}", 60.0)
+    client = Client(Address(f"http://127.0.0.1:{PORT}"), 60.0)
     pool = client.token_ids("The wind would turn before night, said the captain to the boys.")
     rng, lock = random.Random(5), threading.Lock()
 

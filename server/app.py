@@ -39,11 +39,9 @@ def create_app(
     """An application that starts the engine's connection with itself and closes it at its end.
 
     It listens while the engine loads its model: /health says 200 then and /ready 503.
-    exited: the engine process's exit status, None while it lives. tracing: wraps an application
-    in one that records spans. Raises ConfigError for a file of
-    keys that cannot be used.
+    exited: the engine process's exit status, None while it lives. tracing: wraps an application in
+    one that records spans. Raises ConfigError for a file of keys that cannot be used.
     """
-
     ring = None if settings.api_key_file is None else KeyRing.from_file(Path(settings.api_key_file))
     quota = None if ring is None else _quota(ring, settings)
 

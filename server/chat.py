@@ -13,6 +13,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest, TokenizerError
+from engine.files import read_json
 from engine.frontend.tokenizer import CONFIG_FILE, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -62,8 +63,10 @@ class ChatTemplate:
     def from_directory(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate:
         """chat_template.jinja of a model directory, `chat_template` of its tokenizer_config.json,
         or the plain one. Raises TokenizerError, naming the file."""
-        file, config = directory / TEMPLATE_FILE, _read_config(directory / CONFIG_FILE)
-        where = file if file.is_file() else directory / CONFIG_FILE
+        file, settings = directory / TEMPLATE_FILE, directory / CONFIG_FILE
+        # Not every tokenizer has one.
+        config = read_json(settings, TokenizerError) if settings.is_file() else {}
+        where = file if file.is_file() else settings
         source = config.get("chat_template")
         if where == file:
             try:
@@ -134,12 +137,3 @@ def _text(token: object) -> str:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Empty where there is none: a tokenizer may have other files."""
-    try:
-        content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
-    return content if isinstance(content, dict) else {}

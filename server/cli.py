@@ -179,7 +179,7 @@ def serve(
 
     A checkpoint that is no model directory is converted first, and kept.
     """
-    from weights.cache import Wanted, servable  # noqa: PLC0415
+    from weights.cache import Wanted, servable  # noqa: PLC0415  # of this command alone
 
     began = time.monotonic()
     with reported():
@@ -225,7 +225,7 @@ def serve(
     )
     if otlp_endpoint is not None:
         with extra("otel"):
-            import server.tracing  # noqa: F401, PLC0415
+            import server.tracing  # noqa: F401, PLC0415  # is the extra installed?
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
 
@@ -281,7 +281,7 @@ FORWARD = {
 def bench(context: typer.Context) -> None:
     """Measure latency and throughput on this machine, offline and over HTTP."""
     with extra("bench"), reported():
-        from loadtest.bench import app as bench_app  # noqa: PLC0415
+        from loadtest.bench import app as bench_app  # noqa: PLC0415  # loads PyTorch
 
         bench_app(context.args, prog_name="ropeway bench")
 
@@ -290,16 +290,18 @@ def bench(context: typer.Context) -> None:
 def loadtest(context: typer.Context) -> None:
     """Load a server as chatting readers do, find its knee, and leave a report."""
     with extra("loadtest"), reported():
-        from loadtest.run import app as loadtest_app  # noqa: PLC0415
+        from loadtest.run import app as loadtest_app  # noqa: PLC0415  # of an extra
 
-        loadtest_app(context.args, prog_name="ropeway loadtest")
+        loadtest_app(
+            context.args, prog_name="ropeway loadtest", auto_envvar_prefix="ROPEWAY_LOADTEST"
+        )
 
 
 @app.command(context_settings=FORWARD)
 def train(context: typer.Context) -> None:
     """Train a model of this family on a folder of text, as the shipped one was."""
     with extra("train"), reported():
-        from weights.train_command import app as train_app  # noqa: PLC0415
+        from weights.train_command import app as train_app  # noqa: PLC0415  # loads PyTorch
 
         train_app(context.args, prog_name="ropeway train")
 
@@ -323,7 +325,7 @@ def convert(
     declare: SetOption = None,
 ) -> None:
     """Turn a checkpoint into a model directory; what its files leave open, a text tells."""
-    from weights import commands  # noqa: PLC0415
+    from weights import commands  # noqa: PLC0415  # loads PyTorch
 
     with reported():
         commands.convert(source, destination, to, text, declare or [])
@@ -335,7 +337,7 @@ def inspect(source: SourceArgument, *, text: TextOption = None, declare: SetOpti
 
     The exit code is 3 where something is open and the text does not tell.
     """
-    from weights import commands  # noqa: PLC0415
+    from weights import commands  # noqa: PLC0415  # loads PyTorch
 
     with reported():
         if not commands.inspect(source, text, declare or []):

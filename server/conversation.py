@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from engine.errors import ContextOverflow
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from server.chat import ChatTemplate
 
 if TYPE_CHECKING:  # it loads PyTorch

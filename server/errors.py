@@ -71,9 +71,8 @@ class ApiError(HTTPException):
         code: str,
         message: str,
         field: str | None = None,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, headers)
+        super().__init__(status, message)
         self.code = code
         self.field = field
 

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from engine.errors import Draining, EngineDead, EngineStartError, EngineStarting
 from server.answers import ErrorEvent
 from server.call import Call, Head, prepared, timed
 from server.errors import error_response
@@ -26,7 +27,7 @@ from server.splice import Diverged, Splice
 PAUSE_SECONDS = 0.1
 """Before the second replica is asked; twice as long before each further one."""
 
-AGAIN = {"engine_dead", "engine_start_error", "engine_starting", "draining"}
+AGAIN = {each.code for each in (EngineDead, EngineStartError, EngineStarting, Draining)}
 """Codes of errors that say that this replica cannot, and not that the request cannot."""
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,10 @@ class EngineCollector(Collector):
         gauges = {
             "engine_ready": ("1 where the engine could serve now.", self._engine.unready is None),
             "num_requests_running": ("Requests that run.", stats.running),
-            "num_requests_waiting": ("Requests that wait for their first step.", stats.waiting),
+            "num_requests_waiting": (
+                "Requests that wait: for their first step, or put back.",
+                stats.waiting,
+            ),
             "open_streams": (
                 "Requests that this process has open.",
                 self._engine.num_unfinished,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.frontend.tokenizer import Tokenizer
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from server.chat import ChatTemplate
 from server.conversation import Conversation
 from server.options import (
@@ -88,8 +88,7 @@ class Wanted:
 
     def llm(self, directory: Path) -> LLM:
         """The model. Raises CheckpointError, TokenizerError or ConfigError."""
-        # This loads PyTorch, which the other commands do without.
-        from engine.llm import LLM  # noqa: PLC0415
+        from engine.llm import LLM  # noqa: PLC0415  # loads PyTorch
 
         return LLM(
             directory,

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.errors import InvalidRequest
-from engine.request import MAX_INT, MAX_LOGPROBS, SamplingParams
+from engine.params import MAX_INT, MAX_LOGPROBS, SamplingParams, within
 from server.schemas import LogprobsField, Prompts, RequestModel, SamplingFields, bounds
 
 MAX_MESSAGES = 1024
@@ -52,13 +52,16 @@ class OpenAIRequest(SamplingFields):
     def _known(cls, body: object) -> object:
         return _refuse(body, cls.unsupported)
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with the usage. Raises InvalidRequest."""
+    def check(self) -> None:
+        """What the fields mean together. Raises InvalidRequest."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "stream_options needs stream to be true, got false", "stream_options"
             )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -80,6 +83,7 @@ class CompletionRequest(OpenAIRequest, LogprobsField):
 
     def check(self) -> None:
         """What the fields mean together. Raises InvalidRequest."""
+        super().check()
         if self.best_of is not None and self.best_of != self.n:
             raise InvalidRequest(
                 f"best_of must be n ({self.n}), got {self.best_of}: choosing from more is not "
@@ -163,6 +167,7 @@ class ChatRequest(OpenAIRequest):
 
     def check(self) -> None:
         """What the fields mean together. Raises InvalidRequest."""
+        super().check()
         if not self.messages:
             raise InvalidRequest("messages must hold at least one message, got none", "messages")
         if len(self.messages) > MAX_MESSAGES:
@@ -172,23 +177,15 @@ class ChatRequest(OpenAIRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            raise InvalidRequest(
-                f"top_logprobs must be at least 0 and at most {MAX_LOGPROBS}, got "
-                f"{self.top_logprobs}",
-                "top_logprobs",
-            )
+        if self.top_logprobs is not None:
+            within("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
         if self.max_completion_tokens is not None:
             if self.max_tokens is not None:
                 raise InvalidRequest(
                     "max_completion_tokens and max_tokens are the same; give one of them",
                     "max_completion_tokens",
                 )
-            if self.max_completion_tokens < 1:
-                raise InvalidRequest(
-                    f"max_completion_tokens must be at least 1, got {self.max_completion_tokens}",
-                    "max_completion_tokens",
-                )
+            within("max_completion_tokens", self.max_completion_tokens, 1, MAX_INT)
 
     def num_logprobs(self) -> int | None:
         """top_logprobs, where log-probabilities are asked for."""

@@ -11,7 +11,7 @@ import typer
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ConfigError, RequestError, RopewayError
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from server.settings import ServerSettings
 
 FAILED, MISUSED, UNDECIDED, INTERRUPTED = 1, 2, 3, 130

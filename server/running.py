@@ -39,8 +39,8 @@ def run(
     patience = 0.0  # with what is still running, where we are interrupted
     try:
         process.start()
-        # Only now, while the engine process imports PyTorch, what takes us long to import.
-        from server.worker import HttpWorker  # noqa: PLC0415
+        # Takes long, as what the engine process imports does: so both do it at once.
+        from server.worker import HttpWorker  # noqa: PLC0415  # see above
 
         for number, other in enumerate(listeners[1:], start=1):
             peer = PeerConfig(
@@ -63,8 +63,9 @@ def run(
         )
         lived = worker.run(announce)
         # A process that crashed closes its connections a moment before it has a status.
-        peers_lived = all(each.exit_status() in (None, 0) for each in peers)
-        status = process.exit_status() if lived or not peers_lived else process.wait(CRASH_SECONDS)
+        status = process.exit_status() if lived else process.wait(CRASH_SECONDS)
+        # Without an engine the peers end too: that is no crash of theirs.
+        crashed = status is None and any(each.exit_status() not in (None, 0) for each in peers)
         patience = 0.0 if worker.hurried else STOP_SECONDS
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
@@ -77,7 +78,7 @@ def run(
     if not lived:
         if status in (FAILED, MISUSED):  # the engine process has said what is wrong
             raise typer.Exit(status)
-        if not peers_lived:
+        if crashed:
             fail("an HTTP worker process ended", FAILED)
         if status is None:  # it lives; what broke is in the log
             fail("the connection to the engine broke", FAILED)

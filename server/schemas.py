@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from engine.errors import InvalidRequest
-from engine.request import (
+from engine.errors import ConfigError, InvalidRequest
+from engine.params import (
     MAX_BIAS,
     MAX_BIASES,
     MAX_GRAMMAR,
@@ -28,8 +28,10 @@ from engine.request import (
     Overflow,
     RequestOptions,
     SamplingParams,
+    no_such_rotation,
+    within,
 )
-from engine.scaling import ScalingType, YarnRamp
+from engine.scaling import RopeScaling, ScalingType, YarnRamp
 
 MAX_CHOICES = 128
 DEFAULTS = SamplingParams()
@@ -97,6 +99,13 @@ class RopeBody(RequestModel):
     high_freq_factor: float = Field(4.0, description="llama3: as beta_fast.")
     scale_base: float = Field(512.0, description="xpos: tokens over which scores fall by zeta.")
 
+    def scaling(self) -> RopeScaling:
+        """The rotation that was asked for. Raises InvalidRequest."""
+        try:
+            return RopeScaling.from_dict(self.model_dump(exclude_unset=True))
+        except ConfigError as error:
+            raise no_such_rotation(error) from error
+
 
 class JsonSchema(RequestModel):
     """As OpenAI's clients send it. Every schema is obeyed strictly."""
@@ -130,8 +139,45 @@ Prompts = Annotated[str | list[int] | list[str | list[int]], BeforeValidator(_pr
 """A text, its token ids, or several of these."""
 
 
-class SamplingFields(RequestModel):
-    """How to choose tokens, and how a request is treated: of every route that generates."""
+class OptionFields(RequestModel):
+    """How a request is treated: of every route that computes."""
+
+    priority: int = Field(
+        OPTIONS.priority,
+        description="The greater, the sooner the request starts; the others wait longer, but never "
+        "for ever.",
+        json_schema_extra=bounds(-MAX_PRIORITY, MAX_PRIORITY),
+    )
+    timeout_s: float | None = Field(
+        OPTIONS.timeout_s,
+        description="Seconds that the request may wait and run; then it ends with what it has and "
+        "the finish reason `timeout`. null: no limit.",
+        json_schema_extra=bounds(0, MAX_TIMEOUT_S, open_low=True),
+    )
+    overflow: Overflow = Field(
+        OPTIONS.overflow,
+        description="Where prompt and max_tokens do not fit the context: `error` refuses the "
+        "request; `truncate` keeps the end of the prompt; `shift` goes on without end by dropping "
+        "the oldest pages after the first, which is an approximation.",
+    )
+    cache_salt: str = Field(
+        OPTIONS.cache_salt,
+        description="Opaque. Cached prompts are shared among requests of the same salt only.",
+        json_schema_extra={"maxLength": MAX_SALT},
+    )
+
+    def to_options(self) -> RequestOptions:
+        """Checked options. Raises InvalidRequest."""
+        return RequestOptions(
+            priority=self.priority,
+            timeout_s=self.timeout_s,
+            overflow=self.overflow,
+            cache_salt=self.cache_salt,
+        )
+
+
+class SamplingFields(OptionFields):
+    """How to choose tokens, beside how a request is treated: of every route that generates."""
 
     n: int = Field(
         1,
@@ -211,39 +257,15 @@ class SamplingFields(RequestModel):
         json_schema_extra={"maxLength": MAX_GRAMMAR},
     )
     choice: list[str] | None = Field(None, description="Texts, of which the output must be one.")
-    priority: int = Field(
-        OPTIONS.priority,
-        description="The greater, the sooner the request starts; the others wait longer, but never "
-        "for ever.",
-        json_schema_extra=bounds(-MAX_PRIORITY, MAX_PRIORITY),
-    )
-    timeout_s: float | None = Field(
-        OPTIONS.timeout_s,
-        description="Seconds that the request may wait and run; then it ends with what it has and "
-        "the finish reason `timeout`. null: no limit.",
-        json_schema_extra=bounds(0, MAX_TIMEOUT_S, open_low=True),
-    )
-    overflow: Overflow = Field(
-        OPTIONS.overflow,
-        description="Where prompt and max_tokens do not fit the context: `error` refuses the "
-        "request; `truncate` keeps the end of the prompt; `shift` goes on without end by dropping "
-        "the oldest pages after the first, which is an approximation.",
-    )
-    cache_salt: str = Field(
-        OPTIONS.cache_salt,
-        description="Opaque. Cached prompts are shared among requests of the same salt only.",
-        json_schema_extra={"maxLength": MAX_SALT},
-    )
-
-    def num_logprobs(self) -> int | None:
-        """How many of the likeliest to give with each token; None: no log-probabilities."""
-        return None
-
     rope: RopeBody | None = Field(
         None,
         description="Stretch this request's context: another rotation than the model's own, such "
         'as `{"type": "ntk", "factor": 4}`. The context follows the factor.',
     )
+
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest to give with each token; None: no log-probabilities."""
+        return None
 
     def to_params(self) -> SamplingParams:
         """Checked sampling parameters. Raises InvalidRequest."""
@@ -258,17 +280,8 @@ class SamplingFields(RequestModel):
         fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
         if self.rope is not None:
-            fields["rope"] = self.rope.model_dump(exclude_unset=True)
+            fields["rope"] = self.rope.scaling()
         return SamplingParams(**fields)
-
-    def to_options(self) -> RequestOptions:
-        """Checked options. Raises InvalidRequest."""
-        return RequestOptions(
-            priority=self.priority,
-            timeout_s=self.timeout_s,
-            overflow=self.overflow,
-            cache_salt=self.cache_salt,
-        )
 
     def grammar(self) -> Grammar | None:
         """What the output must obey. Raises InvalidRequest."""
@@ -287,10 +300,7 @@ class SamplingFields(RequestModel):
 
     def num_choices(self) -> int:
         """`n`, checked. Raises InvalidRequest."""
-        if not 1 <= self.n <= MAX_CHOICES:
-            raise InvalidRequest(
-                f"n must be at least 1 and at most {MAX_CHOICES}, got {self.n}", "n"
-            )
+        within("n", self.n, 1, MAX_CHOICES)
         return self.n
 
 
@@ -361,33 +371,3 @@ class OpenAIErrorBody(BaseModel):
     """The same under /v1/, in OpenAI's shape."""
 
     error: OpenAIErrorDetail
-
-
-class TokenizeRequest(RequestModel):
-    """Text to token ids."""
-
-    text: str
-
-
-class TokenizeResponse(BaseModel):
-    """Token ids, as the model sees the text."""
-
-    token_ids: list[int]
-
-
-class DetokenizeRequest(RequestModel):
-    """Token ids to text."""
-
-    token_ids: list[int]
-
-
-class DetokenizeResponse(BaseModel):
-    """The text; bytes that are not UTF-8 become U+FFFD."""
-
-    text: str
-
-
-class StatusResponse(BaseModel):
-    """A probe that succeeded."""
-
-    status: Literal["ok", "ready"]

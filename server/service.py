@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 from engine.errors import Draining, EngineError, RopewayError
 from engine.frontend.client import AsyncEngine
 from engine.frontend.stream import Piece, Stream, StreamGroup
-from engine.request import RequestOptions, SamplingParams
+from engine.params import RequestOptions, SamplingParams
 from engine.scaling import RopeScaling
 from server.caller import Caller, caller_of
 from server.chat import ChatTemplate

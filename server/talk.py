@@ -23,7 +23,7 @@ HELP = "/reset forgets the conversation. Ctrl-C stops an answer, Ctrl-D leaves."
 def talk(conversation: Conversation) -> None:
     """Answer what is typed, or what is piped in. Raises RequestError for a line of the latter."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        _each(conversation, sys.stdin)
+        _each(conversation, sys.stdin, Event())
         return
     typer.echo(HELP, err=True)
     for line in _typed():
@@ -46,7 +46,7 @@ def _typed() -> Iterator[str]:
             typer.echo("\nCtrl-D leaves.", err=True)
 
 
-def _each(conversation: Conversation, lines: Iterable[str], interrupted: Event = Event()) -> None:
+def _each(conversation: Conversation, lines: Iterable[str], interrupted: Event) -> None:
     for line in lines:
         text = line.strip()
         if text.startswith("/"):

@@ -199,8 +199,7 @@ class HttpWorker:
 def _tracing(endpoint: str | None) -> Callable[[ASGIApp], ASGIApp] | None:
     if endpoint is None:
         return None
-    # Of the extra `otel`, which the others do without.
-    from server.tracing import Tracing, otlp_provider  # noqa: PLC0415
+    from server.tracing import Tracing, otlp_provider  # noqa: PLC0415  # of an extra
 
     return partial(Tracing, provider=otlp_provider(endpoint))
 

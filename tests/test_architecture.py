@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("engine", "server", "weights", "loadtest")
 VOCABULARY = {
-    f"engine.{name}" for name in ("checks", "config", "errors", "messages", "request", "scaling")
+    f"engine.{name}"
+    for name in ("checks", "config", "errors", "files", "messages", "params", "request", "scaling")
 }
 GRAMMAR = {"engine.grammar"}
 # importer -> what it may import of ours, beside itself; the longest prefix counts
@@ -22,12 +23,21 @@ ARROWS = {
     "engine.checks": {"engine.errors"},
     "engine.scaling": {"engine.checks", "engine.errors"},
     "engine.errors": set[str](),
-    "engine.request": {"engine.errors", "engine.scaling"},
-    "engine.messages": {"engine.request", "engine.scaling"},
-    "engine.grammar": {"engine.errors", "engine.request"},
+    "engine.files": {"engine.errors"},
+    "engine.params": {"engine.errors", "engine.scaling"},
+    "engine.request": {"engine.params", "engine.scaling"},
+    "engine.messages": {"engine.params", "engine.request", "engine.scaling"},
+    "engine.grammar": {"engine.errors", "engine.params"},
     "engine.core": VOCABULARY
     | GRAMMAR
-    | {"engine.frontend.tokenizer", "engine.execution", "engine.model", "engine.scheduling"},
+    | {
+        "engine.execution",
+        "engine.frontend.tokenizer",
+        "engine.model",
+        "engine.resources",
+        "engine.scheduling",
+    },
+    "engine.resources": VOCABULARY | {"engine.model"},
     "engine.llm": VOCABULARY | {"engine.core", "engine.frontend"},
     "engine.frontend": VOCABULARY | GRAMMAR,
     "engine.scheduling": VOCABULARY,

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.patience import PATIENCE
 from tests.server.test_serve import serve
 
 ROOT = Path(__file__).parent.parent
@@ -156,15 +157,15 @@ def test_prometheus_answers_every_query_of_the_dashboard(
             wait_for_queries(server.url, f"http://{address}")
         finally:
             prometheus.terminate()
-            prometheus.wait(20)
+            prometheus.wait(PATIENCE)
 
 
 def wait_for_queries(server: str, prometheus: str) -> None:
     """Ask the server now and then, until each query has found a number."""
     body = {"prompt": "the a", "max_tokens": 8, "stream": False, "ignore_eos": True}
     waiting = {query.replace("$__rate_interval", "5s") for query in QUERIES}
-    deadline = time.monotonic() + 60
-    with httpx.Client(trust_env=False) as http:
+    deadline = time.monotonic() + PATIENCE
+    with httpx.Client(trust_env=False, timeout=PATIENCE) as http:
         while waiting and time.monotonic() < deadline:
             assert http.post(f"{server}/generate", json=body).status_code == 200
             time.sleep(0.25)

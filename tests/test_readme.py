@@ -17,6 +17,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from server.cli import app
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,7 +74,7 @@ class Toy:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=2 * PATIENCE,
             check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
@@ -130,7 +131,7 @@ def server(toy: Toy, tiny_model_dir: Path) -> Iterator[str]:
         pytest.fail(f"make serve: {shown}")
     yield found[1]
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE)
 
 
 def test_every_command_is_known() -> None:
@@ -192,7 +193,7 @@ def test_commands_in_sentences_exist() -> None:
         words = command.split()[1:]
         if words[0] == "--install-completion":
             continue
-        assert words[0] in group.commands, command  # type: ignore[attr-defined]
+        assert words[0] in group.commands, command  # type: ignore[attr-defined]  # of a typer group
         if words[0] == "bench" and len(words) > 1:
             shown = CliRunner().invoke(app, ["bench", words[1], "--help"])
             assert shown.exit_code == 0, command

@@ -26,7 +26,8 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
-from weights.files import checkpoint_files, read_json, weights_file
+from engine.files import read_json
+from weights.files import checkpoint_files, weights_file
 from weights.summary import Summary, found, show
 
 SUMMARY_FILE = "summary.json"

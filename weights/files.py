@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from engine.errors import CheckpointError
+from engine.files import shards_in
 
 SETTINGS_FILES = ("config.json", "model_config.yaml")
 LITGPT = ("lit_model.pth", "model_config.yaml")
@@ -59,16 +58,7 @@ def weights_file(path: Path) -> Path:
 
 def shards_of(weights: Path) -> list[Path]:
     """The files that an index names, else the file itself. Raises CheckpointError."""
-    if not weights.name.endswith(".index.json"):
-        return [weights]
-    names = read_json(weights).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{weights}: has no weight_map")
-    files = sorted({str(name) for name in names.values()})
-    for name in files:
-        if Path(name).name != name or name not in names.values():
-            raise CheckpointError(f"{weights}: shard {name!r} is not a plain file name")
-    return [weights.parent / name for name in files]
+    return shards_in(weights) if weights.name.endswith(".index.json") else [weights]
 
 
 def settings_file(weights: Path) -> Path | None:
@@ -83,14 +73,3 @@ def checkpoint_files(path: Path) -> list[Path]:
     shards = [weights, *(shard for shard in shards_of(weights) if shard != weights)]
     beside = (weights.parent / name for name in (*SETTINGS_FILES, *TOKENIZER_FILES))
     return [*shards, *(file for file in beside if file.is_file())]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content

@@ -10,12 +10,11 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,15 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from weights.files import read_json, settings_file, shards_of, weights_file
+from engine.files import read_json
+from engine.model.loader import FLOAT_TYPES
+from weights.files import settings_file, shards_of, weights_file
 
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
-
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-)
-"""Types of weights, as safetensors names them."""
 
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every name."""
@@ -162,16 +158,16 @@ def _check_entry(
         kind, (begin, end) = str(entry["dtype"]), (int(each) for each in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name} has a broken header: {error!r}") from error
-    if kind not in DTYPES and kind not in ("BOOL", "U8", "I8", "I16", "I32", "I64"):
+    if kind not in FLOAT_TYPES and kind not in ("BOOL", "U8", "I8", "I16", "I32", "I64"):
         raise CheckpointError(
-            f"{path}: tensor {name} has type {kind}; one of {', '.join(DTYPES)} is needed"
+            f"{path}: tensor {name} has type {kind}; one of {', '.join(FLOAT_TYPES)} is needed"
         )
     if min(shape, default=0) < 0 or not 0 <= begin <= end <= available:
         raise CheckpointError(
             f"{path}: tensor {name} claims bytes {begin:,} to {end:,} of {available:,}"
         )
-    dtype = DTYPES.get(kind, torch.int64 if kind == "I64" else torch.uint8)
-    if kind in DTYPES and prod(shape) * dtype.itemsize != end - begin:
+    dtype = FLOAT_TYPES.get(kind, torch.int64 if kind == "I64" else torch.uint8)
+    if kind in FLOAT_TYPES and prod(shape) * dtype.itemsize != end - begin:
         raise CheckpointError(
             f"{path}: tensor {name} of shape {list(shape)} and type {kind} has "
             f"{end - begin:,} bytes, {prod(shape) * dtype.itemsize:,} are needed"

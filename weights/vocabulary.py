@@ -19,10 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, TokenizerError
+from engine.errors import TokenizerError
+from engine.files import read_json
 from engine.frontend.preparation import AddedToken, Preparation, nfc
 from engine.frontend.tokenizer import CONFIG_FILE, RANKS_FILE, Tokenizer
-from weights.files import read_json
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_RANKS = 50_256
@@ -75,8 +75,9 @@ def convert_tokenizer(source: Path, directory: Path) -> str:
     """
     if (source / RANKS_FILE).is_file():
         return _copy_ranks(source, directory)
-    if (source / CONFIG_FILE).is_file() and "characters" in _config(source / CONFIG_FILE):
-        shutil.copyfile(source / CONFIG_FILE, directory / CONFIG_FILE)
+    settings = source / CONFIG_FILE
+    if settings.is_file() and "characters" in read_json(settings, TokenizerError):
+        shutil.copyfile(settings, directory / CONFIG_FILE)
         return f"{CONFIG_FILE}, characters"
     if (source / JSON_FILE).is_file():
         vocabulary, reference = _built(source / JSON_FILE, _from_json)
@@ -97,17 +98,10 @@ def convert_tokenizer(source: Path, directory: Path) -> str:
     return name
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except CheckpointError as error:
-        raise TokenizerError(str(error)) from error
-
-
 def _check_wrapper(source: Path, vocabulary: Vocabulary) -> None:
     """Raise where Hugging Face's tokenizer_config.json does more than the tokenizer's own file."""
     path = source / CONFIG_FILE
-    config = _config(path) if path.is_file() else {}
+    config = read_json(path, TokenizerError) if path.is_file() else {}
     for key in ("add_bos_token", "add_eos_token"):
         if config.get(key):
             raise TokenizerError(f"{path}: {key} puts a token beside each text; not supported")
@@ -121,8 +115,9 @@ def _check_wrapper(source: Path, vocabulary: Vocabulary) -> None:
 
 def _copy_ranks(source: Path, directory: Path) -> str:
     shutil.copyfile(source / RANKS_FILE, directory / RANKS_FILE)
-    if (source / CONFIG_FILE).is_file() and "pattern" in _config(source / CONFIG_FILE):
-        shutil.copyfile(source / CONFIG_FILE, directory / CONFIG_FILE)
+    settings = source / CONFIG_FILE
+    if settings.is_file() and "pattern" in read_json(settings, TokenizerError):
+        shutil.copyfile(settings, directory / CONFIG_FILE)
         return f"{RANKS_FILE}, as it was"
     count = len((source / RANKS_FILE).read_bytes().split(b"\n")) - 1
     if count != GPT2_RANKS:
@@ -180,7 +175,7 @@ def _vocabulary(
 
 def _library() -> Any:
     try:
-        import tokenizers  # noqa: PLC0415
+        import tokenizers  # noqa: PLC0415  # of an extra
     except ImportError as error:
         raise TokenizerError(
             "converting this tokenizer needs the `tokenizers` library: pip install tokenizers"
@@ -204,10 +199,10 @@ def _from_merges(path: Path) -> tuple[Vocabulary, Any]:
     name = next((source / v for v in VOCABULARIES if (source / v).is_file()), None)
     if name is None:
         raise TokenizerError(f"{path}: needs {' or '.join(VOCABULARIES)} beside it")
-    vocab = _config(name)
+    vocab = read_json(name, TokenizerError)
     lines = path.read_text("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
-    more = _config(source / ADDED_FILE) if (source / ADDED_FILE).is_file() else {}
+    more = read_json(source / ADDED_FILE, TokenizerError) if (source / ADDED_FILE).is_file() else {}
     special = {text: more.pop(text) for text in (END_OF_TEXT,) if text in more}
     added = [AddedToken(text, rank, True) for text, rank in more.items()]
     preparation = Preparation(added, None, False) if added else None
@@ -224,7 +219,7 @@ def _from_merges(path: Path) -> tuple[Vocabulary, Any]:
 
 def _from_json(path: Path) -> tuple[Vocabulary, Any]:
     """tokenizer.json, where it is a byte-level BPE."""
-    library, content = _library(), _config(path)
+    library, content = _library(), read_json(path, TokenizerError)
     model = content.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise TokenizerError(f"{path}: {model.get('type')} is no byte-level BPE")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.execution.kernels import sampling as kernels
 from engine.execution.sampler import changes_logits
+from engine.model.kernels.common import next_power_of_2
 from engine.request import Request
 
 BLOCK = 4096
@@ -104,7 +105,7 @@ class DeviceSampler:
             tokens,
             logits.stride(0),
             vocab_size=self.vocab_size,
-            block=min(BLOCK, 1 << (self.vocab_size - 1).bit_length()),
+            block=min(BLOCK, next_power_of_2(self.vocab_size)),
             num_warps=8,
             enable_fp_fusion=False,
         )

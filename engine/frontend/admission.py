@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,17 +13,15 @@ from engine.errors import ConfigError, ContextOverflow, InvalidRequest
 from engine.frontend.tokenizer import Tokenizer
 from engine.grammar import check as check_grammar
 from engine.messages import AddRequest, EngineReady
-from engine.request import (
+from engine.params import (
     MAX_INT,
     SEED_BITS,
-    SINK_BLOCKS,
     Overflow,
     RequestOptions,
     SamplingParams,
-    Targets,
-    Window,
     no_such_rotation,
 )
+from engine.request import SINK_BLOCKS, Targets, Window
 from engine.scaling import RopeScaling
 
 MAX_CONTEXTS = 64
@@ -119,6 +118,17 @@ class Room:
         return room if asked is None else asked
 
 
+def check_token_ids(token_ids: Sequence[int], tokenizer: Tokenizer, name: str, field: str) -> None:
+    """Raises InvalidRequest for an id that no token has. name: what the error calls the list."""
+    for at, token_id in enumerate(token_ids):
+        if token_id not in tokenizer:
+            raise _no_such_token(f"{name}[{at}] is {token_id}", tokenizer, field)
+
+
+def _no_such_token(said: str, tokenizer: Tokenizer, field: str) -> InvalidRequest:
+    return InvalidRequest(f"{said}; the tokenizer has ids 0 to {len(tokenizer) - 1}", field)
+
+
 @dataclass(frozen=True)
 class Admission:
     """Turns a prompt and its parameters into an AddRequest that the engine can always finish."""
@@ -150,22 +160,12 @@ class Admission:
         if window is None:
             max_tokens = room.max_tokens(len(token_ids), max_tokens)
         stop_token_ids = set(params.stop_token_ids)
-        for token_id in params.stop_token_ids:
-            if token_id not in self.tokenizer:
-                raise InvalidRequest(
-                    f"stop_token_ids holds {token_id}; the tokenizer has ids 0 to "
-                    f"{len(self.tokenizer) - 1}",
-                    "stop_token_ids",
-                )
+        check_token_ids(params.stop_token_ids, self.tokenizer, "stop_token_ids", "stop_token_ids")
         if params.grammar is not None:
             check_grammar(params.grammar)
         for token_id in params.logit_bias:
             if token_id not in self.tokenizer:
-                raise InvalidRequest(
-                    f"logit_bias holds {token_id}; the tokenizer has ids 0 to "
-                    f"{len(self.tokenizer) - 1}",
-                    "logit_bias",
-                )
+                raise _no_such_token(f"logit_bias holds {token_id}", self.tokenizer, "logit_bias")
         if self.engine.eos_token_id is not None and not params.ignore_eos:
             stop_token_ids.add(self.engine.eos_token_id)
         return AddRequest(
@@ -276,13 +276,7 @@ class Admission:
             except ValueError as error:
                 raise InvalidRequest(f"{name} cannot be tokenised: {error}", field) from error
         else:
-            for at, token_id in enumerate(prompt):
-                if token_id not in self.tokenizer:
-                    raise InvalidRequest(
-                        f"{name}[{at}] is {token_id}; the tokenizer has ids 0 to "
-                        f"{len(self.tokenizer) - 1}",
-                        field,
-                    )
+            check_token_ids(prompt, self.tokenizer, name, field)
         if not prompt:
             raise InvalidRequest(f"{name} must hold at least one token, got none", field)
         if len(prompt) > limit:

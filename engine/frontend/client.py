@@ -33,7 +33,8 @@ from engine.messages import (
     ToCore,
     TokenLogprobs,
 )
-from engine.request import RequestOptions, SamplingParams, Targets
+from engine.params import RequestOptions, SamplingParams
+from engine.request import Targets
 from engine.scaling import RopeScaling
 
 logger = logging.getLogger(__name__)
@@ -172,12 +173,11 @@ class AsyncEngine:
         first: int = 1,
         top: int = 0,
         rope: RopeScaling | None = None,
-        name: str = "text",
     ) -> StreamGroup:
         """Start the scoring of texts; see Admission.admit_score. When a stream has ended, `scores`
         holds the log-probabilities of its tokens from `first` on; what it generates means nothing.
 
-        name: what errors call a text. Raises RequestError, QueueFull or EngineError.
+        Raises RequestError, QueueFull or EngineError.
         """
 
         def admit(admission: Admission, at: int, called: str) -> list[AddRequest]:
@@ -193,7 +193,7 @@ class AsyncEngine:
                 )
             ]
 
-        return self._enter(len(texts), 1, name, admit)
+        return self._enter(len(texts), 1, "text", admit)
 
     def _enter(
         self,
@@ -318,9 +318,10 @@ class AsyncEngine:
             finally:
                 for task in (receiving, lost):
                     task.cancel()
-                await asyncio.gather(receiving, lost, return_exceptions=True)
+                # Before anything is waited for: we may be cancelled there.
                 self._connection = None
                 connection.close()
+                await asyncio.gather(receiving, lost, return_exceptions=True)
             if not self._recovers:
                 self.fail(EngineDead("the engine process died"))
             # A dying process may still accept a connection: that is not another death.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineOutput, TokenLogprobs
-from engine.request import FinishReason, SamplingParams
+from engine.params import SamplingParams
+from engine.request import FinishReason
 
 
 class Detokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -91,7 +91,7 @@ class Stream:
         self._request = request
         self._cached_tokens = 0
         self._token_ids: list[int] = []
-        self._suspect = False
+        self._suspect_at: int | None = None
         self._output = OutputProcessor(tokenizer, request.params, frozenset(request.stop_token_ids))
         self._waiting: list[TokenDelta] = []
         self._news = asyncio.Event() if news is None else news
@@ -126,7 +126,8 @@ class Stream:
         if (delta := self._output.process(output)) is not None:
             self._waiting.append(delta)
             self._token_ids.append(delta.token_id)
-            self._suspect = False
+            if self._suspect_at is not None and delta.index >= self._suspect_at:
+                self._suspect_at = None
             if self.timing.first_token is None:
                 self.timing.first_token = now
                 self.timing.queue = output.queue_seconds
@@ -136,14 +137,15 @@ class Stream:
             self.timing.total = now
         self._news.set()
 
-    def again(self, suspects: Sequence[str]) -> AddRequest:
-        """The request for another engine, which goes on where this stream is."""
-        self._suspect = self._suspect or self.request_id in suspects
+    def again(self, suspects: Mapping[str, int]) -> AddRequest:
+        """The request for another engine, which goes on where this stream is: mostly where the one
+        before died, or sooner, since tokens that were on their way died with it."""
+        self._suspect_at = suspects.get(self.request_id, self._suspect_at)
         return msgspec.structs.replace(
             self._request,
             output_token_ids=self._token_ids,
             elapsed_s=time.monotonic() - self.submitted,
-            suspect=self._suspect,
+            suspect_at=self._suspect_at,
             targets=None if self._token_ids else self._request.targets,
         )
 
@@ -152,7 +154,7 @@ class Stream:
         the old name belongs to nobody."""
         self.request_id = request_id
         self._request = msgspec.structs.replace(self._request, request_id=request_id)
-        return self.again(())
+        return self.again({})
 
     @property
     def state(self) -> StreamState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 import tiktoken
 
 from engine.errors import TokenizerError
+from engine.files import read_json
 from engine.frontend.preparation import CHARACTERS_PER_BYTE, Preparation
 
 RANKS_FILE = "tokenizer.tiktoken"
@@ -45,18 +45,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    if missing_ok and not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_json(path)
+def _read_split(path: Path) -> dict[str, Any]:
+    """The settings of a byte-level BPE, of which the split and the special tokens are checked."""
+    config = read_json(path, TokenizerError)
     if not isinstance(config.get("pattern"), str):
         raise TokenizerError(f"{path}: needs a text `pattern`, the regular expression of the split")
     special = config.get("special_tokens", {})
@@ -109,10 +100,11 @@ class Tokenizer:
         """The tokenizer of a model directory. Raises TokenizerError, naming the file."""
         path = directory / RANKS_FILE
         if not path.is_file():
-            if "characters" in _read_json(directory / CONFIG_FILE, missing_ok=True):
+            settings = directory / CONFIG_FILE
+            if settings.is_file() and "characters" in read_json(settings, TokenizerError):
                 return CharacterTokenizer.from_directory(directory)
             raise TokenizerError(f"{directory}: no {RANKS_FILE} in it")
-        config = _read_config(directory / CONFIG_FILE)
+        config = _read_split(directory / CONFIG_FILE)
         try:
             preparation = Preparation.from_config(config)
         except TokenizerError as error:
@@ -189,7 +181,7 @@ class CharacterTokenizer(Tokenizer):
     def from_directory(cls, directory: Path) -> Tokenizer:
         """From `characters` in tokenizer_config.json. Raises TokenizerError, naming the file."""
         path = directory / CONFIG_FILE
-        characters = _read_json(path).get("characters")
+        characters = read_json(path, TokenizerError).get("characters")
         if not isinstance(characters, list) or not all(isinstance(c, str) for c in characters):
             raise TokenizerError(f"{path}: `characters` must be a list of texts")
         try:

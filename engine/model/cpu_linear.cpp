@@ -280,9 +280,11 @@ int run(const RopewayLinear &layer, const T *x, const float *residual, void *out
                        layer.in_features % Format::WIDTH == 0;  // rows are words already
     const int wide = (layer.in_features + 63) / 64 * 64, stride = as_is ? steps : wide / Format::WIDTH;
     const int64_t used_words = as_is ? 0 : int64_t(num_rows) * stride;
-    const Memory scratch((used_words + int64_t(num_threads) * wide + num_rows) * 4);
+    const int64_t counters = int64_t(num_threads) * Shares::LINE;
+    const Memory scratch(counters * 8 + (used_words + int64_t(num_threads) * wide + num_rows) * 4);
     if (!scratch.at) return 2;
-    uint32_t *const words = (uint32_t *)scratch.at;
+    const Shares shares((int64_t *)scratch.at, chunks * panels, num_threads);
+    uint32_t *const words = (uint32_t *)((int64_t *)scratch.at + counters);
     float *const floats = (float *)(words + used_words);
     float *const scales = floats + int64_t(num_threads) * wide;
     const Rows rows = {as_is ? (const uint32_t *)x : words, scales, residual, out, steps, stride};
@@ -299,14 +301,13 @@ int run(const RopewayLinear &layer, const T *x, const float *residual, void *out
                 scales[row] = write_words(layer, mine, words + int64_t(row) * stride);
             }
         }
-#pragma omp for schedule(static) nowait
-        for (int64_t item = 0; item < chunks * panels; ++item) {
+        shares.work(omp_get_thread_num(), [&](int64_t item) {
             const int64_t panel = item % panels;
             const int row = int(item / panels) * chunk_rows;
             multiply_rows<Format, Format::ROWS>(
                 layer, rows, row, smaller(num_rows, row + chunk_rows),
                 (const uint32_t *)layer.weight + panel * steps * PANEL, int(panel) * PANEL);
-        }
+        });
     }
     return 0;
 }

@@ -206,6 +206,30 @@ struct Memory {  // aligned, freed at the end of its scope; null when there is n
     Memory(const Memory &) = delete;
 };
 
+// Items of work among threads. Each walks a share of its own in order, as one stream of loads, and
+// then takes what the others have not begun: one that the system holds up does not hold up all.
+struct Shares {
+    static constexpr int LINE = 8;  // counters in a cache line: each thread has one to itself
+    int64_t *const next;            // [threads, LINE], the first of each: its next item
+    const int64_t count;
+    const int threads;
+
+    Shares(int64_t *memory, int64_t items, int num_threads)
+        : next(memory), count(items), threads(num_threads) {
+        for (int share = 0; share < threads; ++share) next[share * LINE] = begin(share);
+    }
+    int64_t begin(int share) const { return count * share / threads; }
+    template <class Do>
+    void work(int thread, Do item) const {
+        for (int other = 0; other < threads; ++other) {
+            const int share = (thread + other) % threads;
+            const int64_t end = begin(share + 1);
+            for (int64_t i; (i = __atomic_fetch_add(next + share * LINE, 1, __ATOMIC_RELAXED)) < end;)
+                item(i);
+        }
+    }
+};
+
 // Whether this machine has the vectors that this file is compiled for.
 inline int supports_vectors() {
 #if defined(__AVX512F__)

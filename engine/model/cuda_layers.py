@@ -200,4 +200,4 @@ def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
                 setattr(block.qk_norm, name, serve_norm(norm))
         model.blocks[at] = TritonBlock(block, model.config.activation, make_product)
     model.norm = serve_norm(model.norm)
-    setattr(model, "head", PackedLinear(model.head, None, make_product))  # noqa: B010  # typed as nn.Linear
+    model.add_module("head", PackedLinear(model.head, None, make_product))

@@ -64,8 +64,8 @@ def load_kernel(
     """Name and function of the best variant for this machine, or of the one asked for.
 
     argument_types: the function's, in ctypes' terms; it returns an int. function: another one of
-    the same kernel. Raises
-    KernelUnavailableError, as supported_variants, or when the variant is not among them.
+    the same kernel. Raises KernelUnavailableError, as supported_variants, or when the variant is
+    not among them.
     """
     supported = supported_variants(kernel)
     chosen = variant or next(iter(supported), "of any kind")

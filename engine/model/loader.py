@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,27 +15,16 @@ from torch.overrides import TorchFunctionMode
 
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
+from engine.files import read_json, shards_in
 from engine.model.gpt2 import GPT2
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOAT_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+FLOAT_TYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+)
+"""Types of weights, as safetensors names them."""
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -43,7 +32,7 @@ def read_config(directory: Path) -> ModelConfig:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     try:
-        return ModelConfig.from_dict(_read_json(directory / CONFIG_FILE))
+        return ModelConfig.from_dict(read_json(directory / CONFIG_FILE))
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
 
@@ -51,16 +40,7 @@ def read_config(directory: Path) -> ModelConfig:
 def _weight_files(directory: Path) -> list[Path]:
     """model.safetensors, or the shards that the index names."""
     index = directory / INDEX_FILE
-    if not index.is_file():
-        return [directory / WEIGHTS_FILE]
-    names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index}: has no weight_map")
-    files = sorted(set(map(str, names.values())))
-    for name in files:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
-    return [directory / name for name in files]
+    return shards_in(index) if index.is_file() else [directory / WEIGHTS_FILE]
 
 
 def _check_headers(directory: Path, expected: dict[str, torch.Size]) -> dict[str, Path]:

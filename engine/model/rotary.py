@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.model.rope import XPOS_GAMMA
 from engine.model.turn import along, at_least_float32, rotate_pairs, turns_of
 
 FreqsFor = Literal["lang", "pixel", "constant"]
-XPOS_GAMMA = 0.4  # Sun et al. 2022, arXiv 2212.10554
 
 
 def broadcat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = -1) -> Tensor:

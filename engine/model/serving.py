@@ -80,17 +80,17 @@ class FusedStack(nn.Module):
         return x
 
 
-def fuse(model: GPT2, quantize: Quantize = "none", variant: str | None = None) -> str:
+def fuse(model: GPT2, quantize: Quantize = "none") -> str:
     """Replace the layers of a loaded model, in place; it can no longer be trained.
 
     The last norm becomes part of the head, which so returns float32 logits of the rows that it is
-    given. variant: as for KernelLinear; returns the one in use. Raises KernelUnavailableError,
-    before anything is changed.
+    given. Returns the variant of the kernel in use. Raises KernelUnavailableError, before anything
+    is changed.
     """
-    chosen, _ = load_kernel("linear", [], variant)
+    chosen, _ = load_kernel("linear", [])
     memory = WeightMemory()
     weight_format = None if quantize == "none" else quantize
-    product = partial(KernelLinear, memory=memory, weight_format=weight_format, variant=variant)
+    product = partial(KernelLinear, memory=memory, weight_format=weight_format)
     wide = torch.float32
     head = product(model.head, norm=model.norm, in_dtype=wide, out_dtype=wide)
     model.add_module("head", head)

@@ -119,7 +119,8 @@ class Scheduler:
         """Choose the next step's tokens and give them pages.
 
         Streams that wait for their next token come before prompts, so that a long prompt takes what
-        they leave of the budget. While there are suspects, each runs alone until its next token.
+        they leave of the budget. While there are suspects, each runs alone until it has come
+        further than where an engine died.
         """
         self._steps += 1
         self._expire()
@@ -182,8 +183,9 @@ class Scheduler:
             if not item.samples:
                 continue
             token = next(tokens)
-            self._acquit(request)
             index = request.num_output_tokens
+            if request.suspect_at is not None and index >= request.suspect_at:
+                self._acquit(request)
             if token.error is not None:
                 self._scores.pop(request.request_id, None)
                 self._forget(request)
@@ -357,7 +359,7 @@ class Scheduler:
     def _acquit(self, request: Request) -> None:
         """It has come further than where an engine died, or it is gone."""
         if request.suspect:
-            request.suspect = False
+            request.suspect_at = None
             self._suspects.remove(request)
 
     def _forget(self, request: Request) -> None:

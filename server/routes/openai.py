@@ -80,7 +80,6 @@ async def completions(
     """Continue a prompt, as OpenAI's completions do."""
     ready = served_model(service, body.model)
     body.check()
-    include_usage = body.include_usage
     num_choices = body.num_choices()
     generation = service.generate(
         prompts_of(body.prompt),
@@ -96,7 +95,7 @@ async def completions(
         generation.streams,
         num_choices,
         service.engine.tokenizer,
-        include_usage=include_usage,
+        include_usage=body.include_usage,
         echo=body.echo,
         logprobs=body.logprobs is not None,
         prompt_only=body.prompt_only,
@@ -116,7 +115,6 @@ async def chat(
     """Answer a conversation; the model's chat template makes a prompt of it."""
     ready = served_model(service, body.model)
     body.check()
-    include_usage = body.include_usage
     params = body.to_params()
     if body.max_completion_tokens is not None:
         params = msgspec.structs.replace(params, max_tokens=body.max_completion_tokens)
@@ -133,7 +131,7 @@ async def chat(
         generation.streams,
         num_choices,
         service.engine.tokenizer,
-        include_usage=include_usage,
+        include_usage=body.include_usage,
     )
     return await _answer(body, request, service, generation, events)
 

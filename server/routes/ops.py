@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 from fastapi import APIRouter, Depends, Response
+from pydantic import BaseModel
 
 from engine.errors import InvalidRequest
+from engine.frontend.admission import check_token_ids
 from server.content import require_json
 from server.errors import DOCUMENTED
 from server.metrics import CONTENT_TYPE
-from server.schemas import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    ErrorBody,
-    StatusResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-)
+from server.schemas import ErrorBody, RequestModel
 from server.service import ServiceDep
 
 router = APIRouter(tags=["operations"])
+
+
+class TokenizeRequest(RequestModel):
+    """Text to token ids."""
+
+    text: str
+
+
+class TokenizeResponse(BaseModel):
+    """Token ids, as the model sees the text."""
+
+    token_ids: list[int]
+
+
+class DetokenizeRequest(RequestModel):
+    """Token ids to text."""
+
+    token_ids: list[int]
+
+
+class DetokenizeResponse(BaseModel):
+    """The text; bytes that are not UTF-8 become U+FFFD."""
+
+    text: str
+
+
+class StatusResponse(BaseModel):
+    """A probe that succeeded."""
+
+    status: Literal["ok", "ready"]
 
 
 @router.get("/health", responses={503: {"model": ErrorBody}})
@@ -59,10 +85,5 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> TokenizeRespon
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> DetokenizeResponse:
     """Token ids to text."""
     tokenizer = service.engine.tokenizer
-    for at, token_id in enumerate(body.token_ids):
-        if token_id not in tokenizer:
-            raise InvalidRequest(
-                f"token_ids[{at}] is {token_id}; the tokenizer has ids 0 to {len(tokenizer) - 1}",
-                "token_ids",
-            )
+    check_token_ids(body.token_ids, tokenizer, "token_ids", "token_ids")
     return DetokenizeResponse(text=tokenizer.decode(body.token_ids))

@@ -8,31 +8,22 @@ from typing import Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.frontend.stream import Stream
 from engine.frontend.tokenizer import Tokenizer
-from engine.request import (
-    MAX_INT,
-    MAX_LOGPROBS,
-    MAX_PRIORITY,
-    MAX_TIMEOUT_S,
-    RequestOptions,
-    no_such_rotation,
-)
-from engine.scaling import RopeScaling
+from engine.params import MAX_INT, MAX_LOGPROBS, within
 from server.answers import TokenLogprob, UsageBody
 from server.collect import CLIENT_CLOSED_REQUEST, collect, json_response
 from server.content import require_json
 from server.errors import OPENAI_DOCUMENTED
 from server.routes.openai import served_model
-from server.schemas import Prompts, RequestModel, RopeBody, bounds, prompts_of
+from server.schemas import OptionFields, Prompts, RopeBody, bounds, prompts_of
 from server.service import CallerDep, ServiceDep
 
-OPTIONS = RequestOptions()
 router = APIRouter(prefix="/v1", tags=["score"])
 
 
-class ScoreRequest(RequestModel):
+class ScoreRequest(OptionFields):
     """Texts to score."""
 
     model: str | None = Field(None, description="As /v1/models names it; null: what is served.")
@@ -49,48 +40,17 @@ class ScoreRequest(RequestModel):
         description="Give that many of the likeliest tokens in each place.",
         json_schema_extra=bounds(0, MAX_LOGPROBS),
     )
-    priority: int = Field(OPTIONS.priority, json_schema_extra=bounds(-MAX_PRIORITY, MAX_PRIORITY))
-    timeout_s: float | None = Field(
-        OPTIONS.timeout_s, json_schema_extra=bounds(0, MAX_TIMEOUT_S, open_low=True)
-    )
     overflow: Literal["error", "shift"] = Field(
         "error", description="Past the context: refuse, or `shift`, which is an approximation."
     )
-    cache_salt: str = OPTIONS.cache_salt
     rope: RopeBody | None = Field(
         None, description="Another rotation than the model's own, as in /generate."
     )
 
-    def to_options(self) -> RequestOptions:
-        """Checked options. Raises InvalidRequest."""
-        return RequestOptions(
-            priority=self.priority,
-            timeout_s=self.timeout_s,
-            overflow=self.overflow,
-            cache_salt=self.cache_salt,
-        )
-
-    def scaling(self) -> RopeScaling | None:
-        """The rotation that was asked for. Raises InvalidRequest."""
-        if self.rope is None:
-            return None
-        try:
-            return RopeScaling.from_dict(self.rope.model_dump(exclude_unset=True))
-        except ConfigError as error:
-            raise no_such_rotation(error) from error
-
     def check(self) -> None:
         """Ranges. Raises InvalidRequest."""
-        if not 1 <= self.first <= MAX_INT:
-            raise InvalidRequest(
-                f"first must be at least 1 and at most {MAX_INT}, got {self.first}", "first"
-            )
-        if not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            raise InvalidRequest(
-                f"top_logprobs must be at least 0 and at most {MAX_LOGPROBS}, got "
-                f"{self.top_logprobs}",
-                "top_logprobs",
-            )
+        within("first", self.first, 1, MAX_INT)
+        within("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
 
 
 class TextScore(BaseModel):
@@ -145,7 +105,7 @@ async def score(
         caller=caller,
         first=body.first,
         top=body.top_logprobs,
-        rope=body.scaling(),
+        rope=None if body.rope is None else body.rope.scaling(),
     )
     outputs = await collect(generation, request)
     if outputs is None:

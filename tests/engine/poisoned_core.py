@@ -1,4 +1,7 @@
-"""`engine.core`, but one token in a prompt kills the process at the third token of the output."""
+"""`engine.core`, but one token in a prompt kills the process at the third token of the output.
+
+What a process has just sent may die with it. Here it does for one request, always.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import sys
 from engine import core
 from engine.execution.runner import InputBatch, ModelRunner, Runner
 from engine.execution.sampler import Sampler
-from engine.messages import SchedulerOutput, StepResult
+from engine.messages import EngineOutput, SchedulerOutput, StepResult
 from engine.model.attention.base import AttentionBackend
 from engine.model.gpt2 import GPT2
 
 POISON = 13
 HARMLESS_TOKENS = 2
+LOSES = "loses"
+"""Request id of the one whose last token before the death never arrives."""
 
 
 class MortalRunner(ModelRunner):
@@ -29,6 +34,14 @@ class MortalRunner(ModelRunner):
         return super().execute(step)
 
 
+class LossyLoop(core.EngineLoop):
+    """Loses what was on its way when the process died."""
+
+    def _publish(self, outputs: list[EngineOutput]) -> None:
+        lost = (LOSES, HARMLESS_TOKENS - 1)
+        super()._publish([each for each in outputs if (each.request_id, each.index) != lost])
+
+
 def select_mortal(
     model: GPT2, backend: AttentionBackend, sampler: Sampler, batch: InputBatch, _: object
 ) -> Runner:
@@ -38,4 +51,5 @@ def select_mortal(
 
 if __name__ == "__main__":
     core.select_runner = select_mortal
+    core.EngineLoop = LossyLoop  # type: ignore[misc]  # for main()
     sys.exit(core.main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import msgspec
@@ -21,7 +20,8 @@ from engine.messages import (
     StepOutput,
     ToCore,
 )
-from engine.request import SamplingParams
+from engine.params import SamplingParams
+from tests.patience import PATIENCE
 
 
 class SteppedCore(EngineCore):
@@ -48,7 +48,7 @@ def test_an_abort_frees_pages_within_one_step(tiny_model_dir: Path, tmp_path: Pa
         loop = threading.Thread(target=EngineLoop(core, router).run, args=(parent,), daemon=True)
         loop.start()
         with context.socket(zmq.DEALER) as client:
-            client.setsockopt(zmq.RCVTIMEO, 5000)
+            client.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE))
 
             def send(message: ToCore) -> None:
                 client.send(msgspec.msgpack.encode(message))
@@ -78,7 +78,7 @@ def test_an_abort_frees_pages_within_one_step(tiny_model_dir: Path, tmp_path: Pa
             assert first.stats.blocks_free < first.stats.blocks_total
             core.entered.acquire()  # the next step has begun when the client goes
             send(AbortRequest("r"))
-            time.sleep(0.1)  # for the message to arrive
+            assert router.poll(int(1000 * PATIENCE))  # the loop does not touch it meanwhile
             core.permits.release()
             assert receive().stats.steps == first.stats.steps + 1
             after = receive()  # and it was the last one
@@ -86,6 +86,6 @@ def test_an_abort_frees_pages_within_one_step(tiny_model_dir: Path, tmp_path: Pa
             assert after.stats.running == 0
             assert after.stats.blocks_free == after.stats.blocks_total
             os.close(end)
-            loop.join(5)
+            loop.join(PATIENCE)
             assert not loop.is_alive()
     os.close(parent)

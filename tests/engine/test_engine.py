@@ -11,7 +11,7 @@ import torch
 
 from engine import LLM, RequestOptions, SamplingParams
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, SharedPrefix
-from engine.core import EngineCore, available_memory
+from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.messages import AddRequest, EngineOutput
 from engine.model.attention.base import KVCache
@@ -352,15 +352,6 @@ def test_model_and_tokenizer_must_agree(
     write_model(tmp_path, tiny_config(**changes))
     with pytest.raises(ConfigError, match=message):
         LLM(tmp_path, device="cpu", dtype="float32")
-
-
-def test_memory_of_a_container(tmp_path: Path) -> None:
-    everything = available_memory(tmp_path)
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory(tmp_path) == pytest.approx(everything, rel=0.1)
-    (tmp_path / "memory.max").write_text("5000\n")
-    assert available_memory(tmp_path) == 4000
 
 
 def test_llm_leaving_a_stream_frees_pages(tiny_model_dir: Path) -> None:

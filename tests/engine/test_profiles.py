@@ -316,7 +316,7 @@ def test_learned_frequencies_are_served(tmp_path: Path, learned: str) -> None:
         assert_uncached(model, each.rope or UNSCALED, completion)
     for kind in ("ntk", "dynamic", "yarn"):
         with pytest.raises(InvalidRequest, match=f"rope.type {kind} changes the base.*learned"):
-            llm.generate([[1]], SamplingParams(rope=RopeScaling(type=kind, factor=2)))  # type: ignore[arg-type]
+            llm.generate([[1]], SamplingParams(rope=RopeScaling(type=kind, factor=2)))  # type: ignore[arg-type]  # parametrised
     half = load_model(tmp_path, torch.bfloat16)
     assert half.inv_freq is not None
     assert torch.equal(half.inv_freq.float(), written.inv_freq)
@@ -371,7 +371,7 @@ def test_the_limit_follows_the_factor(directory: Path) -> None:
     llm = LLM(directory, device="cpu", dtype="float32", block_size=16, kv_memory=memory)
 
     def ask(length: int, rope: RopeScaling | None, overflow: str = "error") -> Completion:
-        options = RequestOptions(overflow=overflow)  # type: ignore[arg-type]
+        options = RequestOptions(overflow=overflow)  # type: ignore[arg-type]  # parametrised
         params = SamplingParams(max_tokens=20, ignore_eos=True, rope=rope)
         return llm.generate([some_ids(length)], params, options)[0]
 
@@ -409,7 +409,7 @@ def test_what_is_no_rotation_is_refused(rope: object, message: str) -> None:
 
 
 def test_a_rotation_may_be_a_mapping() -> None:
-    params = SamplingParams(rope={"type": "ntk", "factor": 4})  # type: ignore[arg-type]
+    params = SamplingParams(rope={"type": "ntk", "factor": 4})  # type: ignore[arg-type]  # as JSON has it
     assert params.rope == RopeScaling(type="ntk", factor=4)
 
 

@@ -28,6 +28,7 @@ from tests.engine.test_shift import CONFIG as SHORT
 from tests.engine.test_shift import WINDOW as SHORT_WINDOW
 from tests.engine.test_shift import ShiftedAttention, short_model
 from tests.models import EOS, tiny_config
+from tests.patience import PATIENCE
 
 CONFIG = tiny_config()
 PAGE = KVCache.bytes_per_block(CONFIG, 16, torch.float32)
@@ -197,9 +198,9 @@ async def test_over_the_process_boundary(tiny_model_dir: Path) -> None:
         streams = [engine.score(str(at), text) for at, text in enumerate(given)]
         (child,) = psutil.Process().children()
         child.kill()
-        assert process.wait(5) is not None
+        assert process.wait(PATIENCE) is not None
         process.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             for stream in streams:
                 async for _ in stream:
                     pass

@@ -15,7 +15,8 @@ from engine.messages import AddRequest, EngineOutput
 from engine.model.attention.base import KVCache
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable, rotate
-from engine.request import SINK_BLOCKS, RequestOptions, SamplingParams, Window
+from engine.params import RequestOptions, SamplingParams
+from engine.request import SINK_BLOCKS, Window
 from tests.models import EOS, tiny_config, write_model
 
 CONFIG = tiny_config(max_position=96)

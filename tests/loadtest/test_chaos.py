@@ -6,13 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
-from engine import Completion
-from engine.messages import TokenLogprobs
 from loadtest.bench import app
-from loadtest.chaos import Plan, Round, Seen, is_flat, verdict
+from loadtest.chaos import Plan, Round, is_flat, verdict
 from loadtest.victim import Footprint
 
 LOAD = ["--streams", "16", "--rounds", "1", "--kills", "1", "--max-num-seqs", "6"]
@@ -40,37 +37,6 @@ def test_every_tenth_request_outgrows_the_context() -> None:
     shifting = [body for body in bodies if "overflow" in body]
     assert len(shifting) == 2
     assert all(92 < len(body["prompt"]) <= 100 for body in shifting)
-
-
-ALONE = Completion([1], [5, 6], "ab", [TokenLogprobs(-1.0, []), TokenLogprobs(-2.0, [])], None)
-SAME = [(0, 5, -1.0), (1, 6, -2.0)]
-
-
-@pytest.mark.parametrize(
-    ("seen", "difference"),
-    [
-        (Seen(SAME, "ab", "done"), None),
-        (Seen(SAME[:1], "a", "left"), None),
-        (Seen([], "", "left"), None),
-        (Seen(SAME[:1], "a", "done"), "ended by None after 1 of 2"),
-        (Seen(SAME, "ac", "done"), "text differs"),
-        (Seen(SAME[:1], "x", "left"), "text differs"),
-        (Seen([(0, 5, -1.0), (1, 7, -2.0)], "ab", "done"), "tokens or log-prob"),
-        (Seen([(0, 5, -1.0000001)], "a", "left"), "tokens or log-prob"),
-        (Seen([SAME[1]], "b", "left"), "tokens or log-prob"),
-        (Seen([*SAME, SAME[1]], "abb", "done"), "tokens or log-prob|ended by"),
-        (Seen(SAME, "ab", "done", "timeout"), "ended by timeout"),
-        (Seen(SAME, "ab", "failed: poisoned_request"), "failed: poisoned_request"),
-        (Seen(SAME[:1], "a"), "nothing came"),
-    ],
-)
-def test_what_differs_from_the_run_alone(seen: Seen, difference: str | None) -> None:
-    got = seen.difference(ALONE)
-    if difference is None:
-        assert got is None
-    else:
-        assert got is not None
-        assert any(each in got for each in difference.split("|"))
 
 
 def test_flat_or_not() -> None:

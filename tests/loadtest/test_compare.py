@@ -100,6 +100,7 @@ def test_others_are_refused(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatc
     ("options", "status", "message"),
     [
         (["--what", "decode,train"], 2, "knows decode, prefill, http, not 'train'"),
+        (["--peers", "ollama"], 2, "knows llama.cpp, transformers, vllm, not 'ollama'"),
         (["--llama", "q4_0"], 2, "knows f32, bf16, q8_0, not 'q4_0'"),
         (["--vllm", "/nowhere"], 2, "'/nowhere' does not exist"),
         (["--busy", "--prefill-tokens", "500"], 1, "500 tokens do not fit a context of 192"),

@@ -114,6 +114,10 @@ def test_others_are_what_is_busy_and_not_ours(monkeypatch: pytest.MonkeyPatch) -
     assert watched.cores() == 0.3
     clock.update(own=30.0)  # ours is counted a tick later than the machine's
     assert watched.cores() == 0.0
+    clock.update(own=22.0)
+    watched.stop()
+    clock.update(own=0.0, now=99.0)  # a server has ended, and nobody knows its time any more
+    assert watched.cores() == watched.document()["others_cores"] == 0.3
 
 
 def test_doubt() -> None:

@@ -17,7 +17,7 @@ BOUNDS = Bounds(ttft_ms=500, itl_ms=50, errors=0.01)
 
 def generation(at: float, **fields: object) -> Generation:
     base = {"prompt_tokens": 10, "outcome": OK, "status": 200, "first": 0.1, "total": 1.0}
-    return Generation("steady", at, **base | fields)  # type: ignore[arg-type]
+    return Generation("steady", at, **base | fields)  # type: ignore[arg-type]  # by name
 
 
 def queue(rate: float, capacity: float = 10.0) -> Point:
@@ -97,13 +97,14 @@ def test_one_bad_run_is_no_knee() -> None:
 
 def test_the_report(tmp_path: Path) -> None:
     knee = find_knee(queue, BOUNDS, 2.0)
+    assert knee.point is not None
     slow = generation(0.0, first=0.9, gaps=[0.2])
     point = Point.of(2.0, 0.0, 5.0, [slow])
     report = Report(
         BOUNDS, {"server": "<here>"}, knee, [point], {"steady": [slow]}, ["<doubt>"], 0.0, 20.0
     )
     assert report.failures == [
-        f"ramp: {knee.point.rate:.2f} requests/s < 20 asked",  # type: ignore[union-attr]
+        f"ramp: {knee.point.rate:.2f} requests/s < 20 asked",
         "steady at 2.00 requests/s: p95 TTFT 900 ms > 500 ms",
         "steady at 2.00 requests/s: p95 inter-token 200.0 ms > 50 ms",
     ]

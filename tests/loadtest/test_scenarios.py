@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from scipy import stats
 
-from loadtest.scenarios import SCENARIOS, Arrivals, Lengths
+from loadtest.scenarios import SCENARIOS, Arrivals, Lengths, Plan
 
 POOL = list(range(100, 200))
 
@@ -60,15 +60,15 @@ def test_plans_fit_the_context_and_repeat(name: str) -> None:
 
 
 def test_each_scenario_has_what_it_is_named_after() -> None:
-    def plans(name: str) -> list[object]:
+    def plans(name: str) -> list[Plan]:
         rng = random.Random(4)
         return [SCENARIOS[name].plan(rng, POOL, 1024) for _ in range(1000)]
 
-    beginnings = [plan.prompt[:256] for plan in plans("prefix")]  # type: ignore[attr-defined]
+    beginnings = [plan.prompt[:256] for plan in plans("prefix")]
     shares = sorted((beginnings.count(each) for each in set(beginnings)), reverse=True)
     assert len(shares) == 8
     assert shares[0] / shares[1] == pytest.approx(2.0, rel=0.35)  # Zipf
-    long = sum(len(plan.prompt) >= 400 for plan in plans("long"))  # type: ignore[attr-defined]
+    long = sum(len(plan.prompt) >= 400 for plan in plans("long"))
     assert 60 < long < 140
-    left = sum(plan.leaves_after is not None for plan in plans("impatient"))  # type: ignore[attr-defined]
+    left = sum(plan.leaves_after is not None for plan in plans("impatient"))
     assert 440 < left < 560

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import threading
@@ -10,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from loadtest import stream
+from loadtest.address import Address
 from loadtest.stream import CUT, LEFT, OK, Client, Generation
+from tests.patience import PATIENCE
 
 Answer = Callable[[Sequence[bytes | float]], str]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
@@ -25,7 +29,7 @@ def token(index: int) -> bytes:
 def answer() -> Iterator[Answer]:
     """Starts a server that sends these bytes, sleeping where there is a number; its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    threads = []
+    threads, over = [], threading.Event()
 
     def serve(pieces: Sequence[bytes | float]) -> None:
         connection, _ = listener.accept()
@@ -34,7 +38,7 @@ def answer() -> Iterator[Answer]:
             try:
                 for piece in pieces:
                     if isinstance(piece, float):
-                        time.sleep(piece)
+                        over.wait(piece)
                     else:
                         connection.sendall(piece)
             except OSError:
@@ -46,6 +50,7 @@ def answer() -> Iterator[Answer]:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     yield start
+    over.set()
     for thread in threads:
         thread.join()
     listener.close()
@@ -53,28 +58,48 @@ def answer() -> Iterator[Answer]:
 
 def run(url: str, late: float = 0.0, leaves_after: int | None = None) -> Generation:
     generation = Generation("steady", time.time() - late, 3)
-    Client(url, 10.0).run(generation, (1, 2, 3), 8, leaves_after)
+    Client(Address(url), PATIENCE).run(generation, (1, 2, 3), 8, leaves_after)
     return generation
 
 
-def test_times(answer: Answer) -> None:
+class Pieces(http.client.HTTPResponse):
+    """Each comes at a moment of a clock that nothing else moves."""
+
+    def __init__(self, pieces: Sequence[tuple[float, bytes]]) -> None:
+        self._pieces = [*pieces, (pieces[-1][0], b"")]
+        self._now = 0.0
+
+    def read1(self, n: int = -1) -> bytes:
+        self._now, piece = self._pieces.pop(0)
+        return piece
+
+    def perf_counter(self) -> float:
+        return self._now
+
+
+def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
     # The second token comes in two pieces, the third with it.
     second, third = token(1), token(2)
-    pieces = [HEAD, 0.2, token(0), 0.3, second[:9], 0.1, second[9:] + third, DONE]
-    seen = run(answer(pieces))
-    assert (seen.outcome, seen.status, seen.tokens, seen.cached_tokens) == (OK, 200, 3, 7)
+    pieces = Pieces(
+        [(10.25, token(0)), (10.5, second[:9]), (10.75, second[9:] + third), (11.0, DONE)]
+    )
+    monkeypatch.setattr(stream, "time", pieces)
+    seen = Generation("steady", 0.0, 3)
+    stream._read(pieces, seen, 10.0, None)
+    assert (seen.outcome, seen.tokens, seen.cached_tokens) == (OK, 3, 7)
+    assert (seen.first, seen.gaps, seen.tokens_per_s) == (0.25, [0.5, 0.0], 4.0)
+
+
+def test_the_clock_runs_from_before_the_request(answer: Answer) -> None:
+    began = time.perf_counter()
+    seen = run(answer([HEAD, 0.2, token(0), 0.2, DONE]), late=2.0)
+    took = time.perf_counter() - began
+    assert (seen.outcome, seen.status, seen.tokens) == (OK, 200, 1)
+    assert 2.0 <= seen.late < 2.0 + took
     assert seen.first is not None
-    assert 0.2 <= seen.first < 0.35
-    assert 0.4 <= seen.gaps[0] < 0.6
-    assert seen.gaps[1] == 0.0
-    assert seen.total >= 0.6
-    assert seen.tokens_per_s == pytest.approx(2 / seen.gaps[0])
-
-
-def test_a_late_client_counts_against_the_first_token(answer: Answer) -> None:
-    seen = run(answer([HEAD, token(0), DONE]), late=2.0)
-    assert seen.late == pytest.approx(2.0, abs=0.1)
-    assert seen.first == pytest.approx(2.0, abs=0.2)
+    assert seen.first - seen.late >= 0.2
+    assert seen.first <= seen.total
+    assert 2.4 <= seen.total < 2.0 + took
 
 
 def test_ends(answer: Answer) -> None:
@@ -88,7 +113,7 @@ def test_ends(answer: Answer) -> None:
 
 
 def test_an_impatient_client(answer: Answer) -> None:
-    seen = run(answer([HEAD, token(0), token(1), 0.5, token(2), DONE]), leaves_after=2)
+    seen = run(answer([HEAD, token(0), token(1), PATIENCE, token(2), DONE]), leaves_after=2)
     assert (seen.outcome, seen.tokens, seen.failed) == (LEFT, 2, False)
 
 
@@ -97,4 +122,4 @@ def test_nobody_there() -> None:
         port = listener.getsockname()[1]
     assert run(f"http://127.0.0.1:{port}").outcome == "ConnectionRefusedError"
     with pytest.raises(ValueError, match="got 'localhost:8000'"):
-        Client("localhost:8000", 1.0)
+        Address("localhost:8000")

@@ -22,6 +22,7 @@ from server.chat import ChatTemplate
 from server.service import Service
 from server.settings import ServerSettings
 from server.worker import Server
+from tests.patience import PATIENCE
 from tests.server.fake_engine import FakeEngine, byte_tokenizer
 
 SETTINGS = ServerSettings(max_queue=1, max_body_bytes=4096, keep_alive_seconds=0.2)
@@ -44,7 +45,7 @@ class Served:
     async def until_ready(self) -> None:
         """The engine answers, and /ready says so."""
         await self.fake.ready()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE):
             while (await self.http.get("/ready")).status_code != 200:
                 await asyncio.sleep(0.01)
 
@@ -88,7 +89,7 @@ async def running(
     port = listener.getsockname()[1]
     server = Server(uvicorn.Config(app, http="httptools", ws="none", log_level="warning"))
     serving = asyncio.create_task(server.serve([listener]))
-    http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=5, trust_env=False)
+    http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False)
     try:
         async with http:
             yield Served(fake, app.state.service, http, port)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from engine.messages import (
     ToCore,
 )
 from engine.request import FinishReason
+from tests.patience import PATIENCE
 
 EOS = 256
 READY = EngineReady(
@@ -86,14 +87,17 @@ class FakeEngine:
         await self.welcome(READY)
 
     async def welcome(
-        self, ready: EngineReady, suspects: Iterable[str] = (), poisoned: Iterable[str] = ()
+        self,
+        ready: EngineReady,
+        suspects: Mapping[str, int] | None = None,
+        poisoned: Iterable[str] = (),
     ) -> None:
         """Answer a Hello."""
         await self._send(
-            msgspec.structs.replace(ready, suspects=list(suspects), poisoned=list(poisoned))
+            msgspec.structs.replace(ready, suspects=dict(suspects or {}), poisoned=list(poisoned))
         )
 
-    async def expect(self, kind: type[M], timeout: float = 2.0) -> M:
+    async def expect(self, kind: type[M], timeout: float = PATIENCE) -> M:
         """The next message, which must be of a kind."""
         message = await self.next(timeout)
         assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"

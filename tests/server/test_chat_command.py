@@ -20,11 +20,12 @@ import typer
 
 from engine.errors import ContextOverflow
 from engine.llm import LLM
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from engine.scaling import RopeScaling
 from server.chat import PLAIN, ChatTemplate
 from server.conversation import Conversation
 from server.options import rope_option
+from tests.patience import PATIENCE
 
 COMMAND = [sys.executable, "-P", "-c", "from server.cli import main; main()", "chat"]
 OPTIONS = ["--dtype", "float32", "--threads", "1", "--temperature", "0", "--ignore-eos"]
@@ -117,7 +118,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
-    def until(self, pattern: str, seconds: float = 60) -> str:
+    def until(self, pattern: str, seconds: float = PATIENCE) -> str:
         """Read until a pattern is shown; what was shown up to it, and forget it."""
         end = time.monotonic() + seconds
         while (found := re.search(pattern, self.shown)) is None:
@@ -171,7 +172,7 @@ def test_in_a_terminal(tiny_model_dir: Path) -> None:
         screen.until("error: prompt has .* tokens; the context takes .*\n> ")
         screen.interrupt_until("Ctrl-D leaves.*\n> ")
         screen.type("\x04")
-        assert screen.process.wait(10) == 0
+        assert screen.process.wait(PATIENCE) == 0
 
 
 def test_the_shell_completes(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_options_stretch_the_rotation(tiny_model_dir: Path) -> None:
         params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, rope=scaling)
         (expected,) = llm.generate([prompt], params)
         command = [*COMMAND[:-1], "generate", prompt, "--rope", rope, *options]
-        said = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+        said = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE).stdout
         assert said.decode() == expected.text + "\n"
     template = ChatTemplate(PLAIN, llm.tokenizer)
     turn = [{"role": "user", "content": prompt}]
@@ -209,7 +210,7 @@ def test_options_stretch_the_rotation(tiny_model_dir: Path) -> None:
         input=f"{prompt}\n".encode(),
         capture_output=True,
         check=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert piped.stdout.decode() == expected.text.lstrip() + "\n"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from engine.errors import Draining
 from engine.messages import AbortRequest, AddRequest, EngineOutput, EngineStats
 from engine.request import FinishReason
 from server.errors import status_of
+from tests.patience import PATIENCE
 from tests.server.conftest import SETTINGS, Served, parse_events, running
 
 
@@ -25,11 +25,9 @@ async def test_a_client_that_goes_is_noticed_while_no_token_comes(
         request = await served.fake.expect(AddRequest)
         await asyncio.sleep(0.05)
         assert served.fake.quiet
-        began = time.monotonic()
         writer.transport.abort()
         abort = await served.fake.expect(AbortRequest)
     assert abort.request_id == request.request_id
-    assert time.monotonic() - began < 0.5
     assert served.service.engine.num_unfinished == 0
     metrics = (await served.http.get("/metrics")).text
     assert 'ropeway_requests_total{outcome="aborted"} 1.0' in metrics
@@ -71,11 +69,13 @@ async def test_a_slow_reader_gets_joined_events(served: Served) -> None:
         for start in range(0, count, 100):
             await served.fake.say(request, b"x" * 100, start=start)
             await asyncio.sleep(0.002)
-        assert len(served.service.engine._streams[request.request_id]._waiting) > 1000
+        async with asyncio.timeout(PATIENCE):
+            while len(served.service.engine._streams[request.request_id]._waiting) < 2000:
+                await asyncio.sleep(0.01)
         await served.fake.say(request, b"y", start=count, end=FinishReason.LENGTH)
         content = b""
         while not content.endswith(b"\r\n0\r\n\r\n"):
-            content += await asyncio.wait_for(reader.read(1 << 16), 5)
+            content += await asyncio.wait_for(reader.read(1 << 16), PATIENCE)
     body = content.partition(b"\r\n\r\n")[2]
     sizes = [int(size, 16) for size in re.findall(rb"(?:^|\r\n)([0-9a-f]+)\r\n(?=id|event)", body)]
     assert max(sizes) > 1 << 16  # a thousand tokens and more in one write
@@ -86,16 +86,17 @@ async def test_a_slow_reader_gets_joined_events(served: Served) -> None:
 async def test_who_does_not_read_cannot_keep_the_server_from_ending(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with AsyncExitStack() as client:
-        async with running(tmp_path, SETTINGS) as served:
-            await served.until_ready()
-            await client.enter_async_context(served.raw({"prompt": "a"}))
-            request = await served.fake.expect(AddRequest)
-            for start in range(0, 10_000, 100):
-                await served.fake.say(request, b"x" * 100, start=start)
-                await asyncio.sleep(0)
-            began = time.monotonic()
-        assert time.monotonic() - began < 2
+    async with (
+        asyncio.timeout(PATIENCE),
+        AsyncExitStack() as client,
+        running(tmp_path, SETTINGS) as served,
+    ):
+        await served.until_ready()
+        await client.enter_async_context(served.raw({"prompt": "a"}))
+        request = await served.fake.expect(AddRequest)
+        for start in range(0, 10_000, 100):
+            await served.fake.say(request, b"x" * 100, start=start)
+            await asyncio.sleep(0)
     assert not caplog.records
 
 
@@ -154,7 +155,9 @@ async def test_starting(starting: Served) -> None:
 
 async def test_an_engine_that_cannot_start(starting: Served) -> None:
     starting.fake.exit_status = 1
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(PATIENCE):
+        while (await starting.http.get("/health")).status_code != 503:
+            await asyncio.sleep(0.01)
     for path in ("/health", "/ready"):
         answer = await starting.http.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_start")
@@ -185,11 +188,13 @@ async def test_draining_for_too_long_is_an_error_event(served: Served) -> None:
 async def test_metrics(served: Served) -> None:
     async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
         request = await served.fake.expect(AddRequest)
+        text, parts = "", response.aiter_text()
         for index, token_id in enumerate(b"abc"):
             end = FinishReason.LENGTH if index == 2 else None
             await served.fake.say(request, [token_id], start=index, end=end)
-            await asyncio.sleep(0.02)
-        await response.aread()
+            while f'"index":{index}' not in text:  # two that come at once have no gap
+                text += await anext(parts)
+        text += "".join([part async for part in parts])
     stats = EngineStats(
         running=1,
         waiting=2,
@@ -204,7 +209,9 @@ async def test_metrics(served: Served) -> None:
         prefix_hits=20,
     )
     await served.fake.step(stats=stats)
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE):
+        while served.service.engine.stats != stats:
+            await asyncio.sleep(0.01)
     response = await served.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     for line in (

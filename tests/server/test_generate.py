@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from engine.messages import AddRequest, EngineOutput, TokenLogprobs
-from engine.request import FinishReason, RequestOptions
+from engine.params import RequestOptions
+from engine.request import FinishReason
 from engine.scaling import RopeScaling
 from tests.server.conftest import Served, parse_events
 from tests.server.fake_engine import EOS
@@ -150,7 +151,7 @@ async def test_silence_is_broken_by_comments(served: Served) -> None:
     async with served.http.stream("POST", "/generate", json={"prompt": "a"}) as response:
         request = await served.fake.expect(AddRequest)
         parts = response.aiter_text()
-        assert await anext(parts) == ": waiting\n\n"
+        assert (await anext(parts)).startswith(": waiting\n\n")  # one, or several
         await served.fake.say(request, b"b", end=FinishReason.LENGTH)
         rest = "".join([part async for part in parts])
     assert [event.event for event in parse_events(rest)] == ["token", "done"]

@@ -22,6 +22,7 @@ from engine.request import FinishReason
 from server.cli import app
 from server.logs import FIELDS, JsonFormatter, TextFormatter, access_logger, configure
 from server.tracing import Tracing
+from tests.patience import PATIENCE
 from tests.server.conftest import SETTINGS, Served, running
 
 SECRET = "a secret prompt"
@@ -57,7 +58,7 @@ async def ask(served: Served) -> None:
 async def test_a_request_is_one_line_without_its_prompt(served: Served, lines: list[str]) -> None:
     await ask(served)
     await served.http.get("/metrics")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         while not lines:
             await asyncio.sleep(0.01)
     (line,) = lines
@@ -77,7 +78,7 @@ async def test_errors_are_named(served: Served, lines: list[str]) -> None:
         await served.fake.expect(AddRequest)
         await served.fake.die()
         await response.aread()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         while len(lines) < 2:  # a line is written when the connection is let go
             await asyncio.sleep(0.01)
     first, second = map(json.loads, lines)

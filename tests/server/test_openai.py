@@ -18,6 +18,7 @@ import pytest
 from engine.messages import AbortRequest, AddRequest, EngineOutput, TokenLogprobs
 from engine.request import FinishReason
 from engine.scaling import RopeScaling
+from tests.patience import PATIENCE
 from tests.server.conftest import Served
 
 TEXT = b"hello"
@@ -30,7 +31,7 @@ async def playing(served: Served, *, logprobs: bool = False) -> AsyncIterator[li
 
     async def play() -> None:
         while True:
-            request = await served.fake.expect(AddRequest, timeout=30)
+            request = await served.fake.expect(AddRequest)
             asked.append(request)
             scores = None
             if request.targets is not None:
@@ -53,14 +54,14 @@ async def playing(served: Served, *, logprobs: bool = False) -> AsyncIterator[li
 
 def sync_client(served: Served) -> openai.OpenAI:
     return openai.OpenAI(
-        base_url=f"http://127.0.0.1:{served.port}/v1", api_key="x", max_retries=0, timeout=5
+        base_url=f"http://127.0.0.1:{served.port}/v1", api_key="x", max_retries=0, timeout=PATIENCE
     )
 
 
 @asynccontextmanager
 async def client_of(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{served.port}/v1", api_key="x", max_retries=0, timeout=5
+        base_url=f"http://127.0.0.1:{served.port}/v1", api_key="x", max_retries=0, timeout=PATIENCE
     ) as client:
         yield client
 
@@ -438,7 +439,7 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["npm", "install", "--no-audit", "--no-fund", "--silent", "openai"]
     try:
         result = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=False, timeout=60
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE
         )
     except subprocess.TimeoutExpired:
         pytest.skip("npm install openai takes too long here")
@@ -458,6 +459,6 @@ async def test_the_javascript_client(served: Served, node_folder: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        output, errors = await asyncio.wait_for(node.communicate(), 20)
+        output, errors = await asyncio.wait_for(node.communicate(), PATIENCE)
     assert node.returncode == 0, errors.decode()
     assert json.loads(output) == ["hello", "hello", "hello", [400, "suffix"]]

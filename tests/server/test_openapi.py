@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
 
 from engine.messages import AddRequest, EngineOutput, TokenLogprobs
 from engine.request import FinishReason
+from tests.patience import PATIENCE
 from tests.server.conftest import SETTINGS, running
 
 EXAMPLES = 20
@@ -73,10 +74,10 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BaseSchema]:
     thread = Thread(target=lambda: asyncio.run(answer_all(directory, port, stop)), daemon=True)
     thread.start()
     try:
-        yield openapi.from_url(f"http://127.0.0.1:{port.get(timeout=20)}/openapi.json")
+        yield openapi.from_url(f"http://127.0.0.1:{port.get(timeout=PATIENCE)}/openapi.json")
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 def test_every_operation_is_tried(schema: BaseSchema) -> None:
@@ -103,6 +104,6 @@ def test_answers_are_the_documented_ones(
         suppress_health_check=list(HealthCheck),
     )
     def try_one(case: Case) -> None:
-        case.validate_response(case.call(timeout=5), checks=CHECKS)
+        case.validate_response(case.call(timeout=PATIENCE), checks=CHECKS)
 
     try_one()

@@ -19,6 +19,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from tests.patience import PATIENCE
 from tests.server.test_serve import serve
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -84,11 +85,14 @@ def test_a_collector_gets_every_span_under_its_parent(tiny_model_dir: Path) -> N
             json=body,
             headers={"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine"},
             trust_env=False,
+            timeout=PATIENCE,
         )
         assert answer.text.rstrip().split("\n")[-2] == "event: done"
-        refused = httpx.post(f"{server.url}/generate", json={"prompt": ""}, trust_env=False)
+        refused = httpx.post(
+            f"{server.url}/generate", json={"prompt": ""}, trust_env=False, timeout=PATIENCE
+        )
         assert refused.status_code == 422
-        httpx.get(f"{server.url}/health", trust_env=False)
+        httpx.get(f"{server.url}/health", trust_env=False, timeout=PATIENCE)
         server.process.send_signal(signal.SIGTERM)
         status, errors = server.end()  # what was not sent yet is
         assert status == 0, errors

@@ -16,6 +16,7 @@ from engine.messages import AbortRequest, AddRequest, EngineOutput, TokenLogprob
 from engine.request import FinishReason
 from engine.scaling import RopeScaling
 from server.schemas import GenerateRequest
+from tests.patience import PATIENCE
 from tests.server.conftest import Served
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -106,7 +107,7 @@ async def page(browser: Browser, served: Served) -> AsyncIterator[Page]:
     """The playground, opened; whatever the browser complains of fails the test."""
     faults: list[str] = []
     opened = await browser.new_page()
-    opened.set_default_timeout(5000)
+    opened.set_default_timeout(1000 * PATIENCE)
     opened.on("pageerror", lambda error: faults.append(str(error)))
     # Chromium itself notes each answer that is an error, as the tests of errors want.
     opened.on(

@@ -17,6 +17,7 @@ from server.keys import new_key
 from server.panel import shared_line
 from server.prefixes import read_prefix
 from tests.models import tiny_config, write_model
+from tests.patience import PATIENCE
 from tests.server.fake_engine import EOS, byte_tokenizer
 from tests.server.test_chat import CHATML
 from tests.server.test_serve import COMMAND, OPTIONS, Server, serve
@@ -105,7 +106,7 @@ def test_what_could_never_be_of_use_stops_the_start(
 ) -> None:
     path = write(tmp_path / "system.txt", text)
     command = [*COMMAND, "serve", str(tiny_model_dir), *OPTIONS, "--shared-prefix-file", str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 2
     assert words in ended.stderr
     assert str(path) in ended.stderr
@@ -137,7 +138,7 @@ def cached(server: Server, secret: str, path: str, body: dict[str, Any]) -> tupl
         server.url + path,
         json=body | {"max_tokens": 1},
         headers={"Authorization": f"Bearer {secret}"},
-        timeout=30,
+        timeout=PATIENCE,
         trust_env=False,
     )
     usage = answer.raise_for_status().json()["usage"]
@@ -152,6 +153,7 @@ def pages(server: Server, secret: str, text: str) -> int:
             f"{server.url}/tokenize",
             json={"text": text},
             headers={"Authorization": f"Bearer {secret}"},
+            timeout=PATIENCE,
             trust_env=False,
         ).json()["token_ids"]
     )

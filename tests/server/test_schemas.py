@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.request import RequestOptions, SamplingParams
+from engine.params import RequestOptions, SamplingParams
 from engine.scaling import UNSCALED, RopeScaling
 from server.schemas import GenerateRequest
 

@@ -22,11 +22,13 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
+from tests.patience import PATIENCE
 from tests.server.conftest import Event, parse_events
 
 COMMAND = [sys.executable, "-P", "-c", "from server.cli import main; main()"]
 OPTIONS = ["--port", "0", "--dtype", "float32", "--threads", "1"]
 LONG = {"prompt": "the a", "max_tokens": 180, "ignore_eos": True, "temperature": 0}
+ENDLESS = {"prompt": "the a", "overflow": "shift", "ignore_eos": True}
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Server:
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         limits = httpx.Limits(max_connections=100)
         async with httpx.AsyncClient(
-            base_url=self.url, timeout=30, limits=limits, trust_env=False
+            base_url=self.url, timeout=PATIENCE, limits=limits, trust_env=False
         ) as client:
             yield client
 
@@ -50,7 +52,7 @@ class Server:
 
     def end(self) -> tuple[int, str]:
         """Its exit status, and what it wrote to standard error."""
-        _, errors = self.process.communicate(timeout=20)
+        _, errors = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, errors
 
 
@@ -82,11 +84,13 @@ def serve(directory: Path, *options: str, verify: ssl.SSLContext | bool = True) 
 def until_all_are_ready(url: str, verify: ssl.SSLContext | bool = True) -> None:
     """The first HTTP process announces; the others may still start. Each connection picks one."""
     in_a_row = 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while in_a_row < 20:
         assert time.monotonic() < deadline
         close = {"Connection": "close"}
-        answer = httpx.get(f"{url}/ready", headers=close, verify=verify, trust_env=False)
+        answer = httpx.get(
+            f"{url}/ready", headers=close, verify=verify, timeout=PATIENCE, trust_env=False
+        )
         in_a_row = in_a_row + 1 if answer.status_code == 200 else 0
 
 
@@ -116,11 +120,17 @@ async def gauge(client: httpx.AsyncClient, name: str) -> float:
     return float(found[1])
 
 
-async def until_whole(client: httpx.AsyncClient) -> None:
-    """Every page is free again, soon."""
-    async with asyncio.timeout(2):
-        while await gauge(client, "kv_blocks_used"):
+async def until_gauge(client: httpx.AsyncClient, name: str, value: float) -> None:
+    """It has this value, soon: an HTTP process hears of the engine's numbers after each step."""
+    async with asyncio.timeout(PATIENCE):
+        while await gauge(client, name) != value:
             await asyncio.sleep(0.01)
+
+
+async def until_whole(client: httpx.AsyncClient) -> None:
+    """Nothing runs and every page is free again, soon."""
+    await until_gauge(client, "kv_blocks_used", 0)
+    await until_gauge(client, "num_requests_running", 0)
 
 
 def test_the_panel_says_what_serves(server: Server, tiny_model_dir: Path) -> None:
@@ -150,7 +160,6 @@ async def test_32_streams_at_once_say_what_each_says_alone(server: Server) -> No
         ]
         together = await asyncio.gather(*(stream(client, body) for body in bodies))
         await until_whole(client)
-        assert await gauge(client, "num_requests_running") == 0
     for *tokens, done in together:
         assert [event.id for event in tokens] == [str(index) for index in range(128)]
         assert done.event == "done"
@@ -193,12 +202,10 @@ async def test_choices_differ_and_bias_decides(server: Server) -> None:
 
 async def test_a_client_that_goes_frees_its_pages(server: Server) -> None:
     async with server.client() as client:
-        before = await gauge(client, "generation_tokens_total")
-        async with client.stream("POST", "/generate", json=LONG) as response:
+        async with client.stream("POST", "/generate", json=ENDLESS) as response:
             await first_token(response.aiter_text())
             assert await gauge(client, "kv_blocks_used") > 0
         await until_whole(client)
-        assert await gauge(client, "generation_tokens_total") - before < LONG["max_tokens"]
 
 
 async def test_errors_of_the_engine_reach_the_client(server: Server) -> None:
@@ -240,7 +247,7 @@ async def test_what_drains_for_too_long_ends_by_an_error(tiny_model_dir: Path) -
     with serve(tiny_model_dir, "--drain-timeout", "0") as server:
         async with (
             server.client() as client,
-            client.stream("POST", "/generate", json=LONG) as response,
+            client.stream("POST", "/generate", json=ENDLESS) as response,
         ):
             parts = response.aiter_text()
             text = await first_token(parts)
@@ -256,7 +263,7 @@ async def test_a_dead_engine_ends_streams_by_an_error_and_the_server(tiny_model_
         (engine,) = server.children()
         async with (
             server.client() as client,
-            client.stream("POST", "/generate", json=LONG) as response,
+            client.stream("POST", "/generate", json=ENDLESS) as response,
         ):
             parts = response.aiter_text()
             text = await first_token(parts)
@@ -268,18 +275,18 @@ async def test_a_dead_engine_ends_streams_by_an_error_and_the_server(tiny_model_
 
 
 async def test_a_second_ctrl_c_ends_at_once(tiny_model_dir: Path) -> None:
-    with serve(tiny_model_dir) as server:
+    with serve(tiny_model_dir, "--drain-timeout", "9999") as server:
         (engine,) = server.children()
         engine.suspend()  # so that its stream never ends
         async with server.client() as client, client.stream("POST", "/generate", json=LONG):
             server.process.send_signal(signal.SIGINT)
-            await asyncio.sleep(0.3)
-            assert server.process.poll() is None
-            began = time.monotonic()
+            async with asyncio.timeout(PATIENCE):
+                while (answer := await client.get("/ready")).status_code != 503:
+                    await asyncio.sleep(0.01)
+            assert answer.json()["error"]["code"] == "draining"
             server.process.send_signal(signal.SIGINT)
             status, _ = await asyncio.to_thread(server.end)
         assert status == 130
-        assert time.monotonic() - began < 2
         assert not engine.is_running()
 
 
@@ -289,7 +296,7 @@ def test_a_broken_model_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> Non
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
     command = [*COMMAND, "serve", str(tmp_path), "--port", "0"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -298,7 +305,7 @@ def test_a_broken_model_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> Non
 def test_generate_in_the_terminal(tiny_model_dir: Path) -> None:
     command = [*COMMAND, "generate", "the a", "--model", str(tiny_model_dir), "--temperature", "0"]
     command += ["--max-tokens", "8", "--ignore-eos", "--dtype", "float32"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("\n")
     assert len(result.stdout) > 1

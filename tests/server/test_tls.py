@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 
 from engine.errors import ConfigError
 from server.listener import check_certificate
+from tests.patience import PATIENCE
 from tests.server.conftest import parse_events
 from tests.server.test_serve import serve
 
@@ -45,19 +46,26 @@ def test_streams_come_by_https_from_every_process(
         said = []
         for _ in range(6):  # each connection picks a process
             answer = httpx.post(
-                f"{server.url}/generate", json=body, verify=trusting, trust_env=False
+                f"{server.url}/generate",
+                json=body,
+                verify=trusting,
+                trust_env=False,
+                timeout=PATIENCE,
             )
             events = parse_events(answer.raise_for_status().text)
             assert events[-1].event == "done"
             assert len(events) == 9
             said.append([event.data for event in events[:-1]])
         assert said == [said[0]] * 6
-        with httpx.Client(trust_env=False) as stranger, pytest.raises(httpx.ConnectError) as caught:
+        with (
+            httpx.Client(trust_env=False, timeout=PATIENCE) as stranger,
+            pytest.raises(httpx.ConnectError) as caught,
+        ):
             stranger.get(f"{server.url}/health")
         assert "CERTIFICATE_VERIFY_FAILED" in str(caught.value)
         plain = server.url.replace("https", "http")
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(f"{plain}/health", trust_env=False)
+            httpx.get(f"{plain}/health", trust_env=False, timeout=PATIENCE)
 
 
 def test_files_that_cannot_be_used_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -17,6 +17,15 @@ from engine.model.rope import RotaryTable
 from tests.models import tiny_config, write_model
 from weights.formats.table import Format
 
+FORK = {
+    "pairing": "half",
+    "rope_sign": 1,
+    "rope_base": 10_000,
+    "rotary_dim": 16,
+    "qkv_layout": "stacked",
+}
+"""What a fork of nanoGPT leaves open, as make() has it."""
+
 TOKENS = torch.tensor([5, 6, 7, 200, 201, 3, 5, 5, 9, 100, 17, 5])
 
 

@@ -22,6 +22,7 @@ from engine.errors import CheckpointError
 from server.cli import app
 from server.outcome import INTERRUPTED
 from tests.models import write_tokenizer
+from tests.patience import PATIENCE
 from tests.server.test_serve import serve
 from tests.weights.checkpoints import logits, make, nanogpt_args, rename
 from weights import cache as conversions
@@ -146,7 +147,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     waited(lambda: cache.is_dir() and any(cache.rglob("*.partial/*")))
     process.send_signal(number)
-    assert process.wait(20) != 0
+    assert process.wait(PATIENCE) != 0
     waited(lambda: not any(cache.iterdir()))
 
 
@@ -155,11 +156,11 @@ def test_an_interrupted_convert_leaves_nothing(trained: Path, tmp_path: Path) ->
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     waited((tmp_path / "out.partial").is_dir)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == INTERRUPTED
+    assert process.wait(PATIENCE) == INTERRUPTED
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
-def waited(condition: object, seconds: float = 30.0) -> None:
+def waited(condition: object, seconds: float = PATIENCE) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
@@ -177,7 +178,9 @@ def test_over_http(trained: Path, tmp_path: Path) -> None:
         with serve(trained, *arguments) as server:
             body = {"prompt": "the", "max_tokens": 8, "temperature": 0, "stream": False}
             url = f"{server.url}/generate"
-            texts.append(httpx.post(url, json=body, trust_env=False, timeout=30).json()["text"])
+            texts.append(
+                httpx.post(url, json=body, trust_env=False, timeout=PATIENCE).json()["text"]
+            )
             server.process.send_signal(signal.SIGINT)
             status, errors = server.end()
         assert status == 0

@@ -121,7 +121,7 @@ def base_1000(tmp_path_factory: pytest.TempPathFactory) -> Path:
         logits = model.logits(model(ids[:, :-1], attention))
         loss = F.cross_entropy(logits[:, OFFSET:].flatten(0, 1), ids[:, OFFSET + 1 :].flatten())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
         optimizer.step()
     tensors = {k: v.detach() for k, v in model.state_dict().items() if k != "head.weight"}
     settings = {k: v for k, v in config.to_dict().items() if k not in ROPE}

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from engine import LLM, SamplingParams
 from engine.errors import ConfigError
+from tests.patience import PATIENCE
 from weights.train_command import app
 
 SAMPLE = Path(__file__).parents[2] / "weights" / "sample.txt"
@@ -158,7 +159,9 @@ def test_several_processes_train_the_same_model(texts: Path, tmp_path: Path) -> 
     together = tmp_path / "together"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     module = ["--nproc-per-node", "2", "-m", "weights.train_command"]
-    subprocess.run([*torchrun, *module, *command(texts, together)], check=True, timeout=120)
+    subprocess.run(
+        [*torchrun, *module, *command(texts, together)], check=True, timeout=2 * PATIENCE
+    )
     assert losses(together) == pytest.approx(losses(tmp_path / "alone"), abs=2e-3)
     assert (together / "model.safetensors").exists()
 

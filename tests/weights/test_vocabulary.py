@@ -375,17 +375,14 @@ def test_ranks_without_a_pattern(tmp_path: Path) -> None:
 
 def test_characters(tmp_path: Path) -> None:
     alphabet = sorted(set("To be, or not to be?\né"))
-    meta = {
-        "vocab_size": len(alphabet),
-        "itos": dict(enumerate(alphabet)),
-        "stoi": {c: i for i, c in enumerate(alphabet)},
-    }
+    ids = {c: i for i, c in enumerate(alphabet)}
+    meta = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": ids}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     out = tmp_path / "out"
     out.mkdir()
     assert convert_tokenizer(tmp_path, out) == f"meta.pkl, {len(alphabet)} characters"
     tokenizer = Ours.from_directory(out)
-    assert tokenizer.encode("to bé") == [meta["stoi"][c] for c in "to bé"]  # type: ignore[index]
+    assert tokenizer.encode("to bé") == [ids[c] for c in "to bé"]
     assert tokenizer.decode(tokenizer.encode("or not")) == "or not"
     assert (len(tokenizer), tokenizer.unused_ids, tokenizer.longest_token) == (len(alphabet), [], 2)
     with pytest.raises(UnicodeEncodeError, match=r"alphabet of .* lacks it"):

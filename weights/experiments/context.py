@@ -37,16 +37,15 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from engine.model.loader import read_config
 from engine.scaling import UNSCALED, ScalingType
-from weights.experiments.picture import Curve, Panel, draw
-from weights.experiments.small import machine
+from weights.experiments.picture import Curve, Panel
+from weights.experiments.results import machine, write
 from weights.experiments.stretch import (
     KINDS,
     PARTS,
     Way,
     best_factor,
     between,
-    by_position,
-    engine,
+    middles,
     scaled,
     stretches,
     try_factors,
@@ -117,13 +116,7 @@ class Experiment:
         with tempfile.TemporaryDirectory() as folder:
             # A scaling says what it stretches: so that any factor may be tried at this length.
             far = model_dir if way.shift else unscaled_copy(model_dir, Path(folder), self.times)
-            losses = way.nats(engine(far), texts, self.trained)
-        row = {
-            "of": of,
-            "within": [statistics.mean(text[: self.trained - 1]) for text in losses],
-            "beyond": [statistics.mean(text[self.trained - 1 :]) for text in losses],
-            "by_position": by_position(losses),
-        }
+            row = {"of": of, **way.read(far, texts, self.trained)}
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
         return row
 
@@ -214,7 +207,7 @@ def table(document: Mapping[str, Any]) -> str:
 def panels(document: Mapping[str, Any]) -> list[Panel]:
     """Nats above shift's on the same tokens, against position: as it is, and fine-tuned."""
     length, results = document["length"], document["results"]
-    at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
+    at = middles(length)
     drawn: dict[bool, dict[str, Curve]] = {False: {}, True: {}}
     for name, result in results.items():
         tuned = name.endswith(AFTER)
@@ -292,9 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "summary": summarise(results),
         "results": results,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "context.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    draw(panels(document), options.out / "context.svg")
+    write(options.out, "context", document, panels(document))
     print(table(document))
 
 

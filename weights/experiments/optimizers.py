@@ -12,17 +12,17 @@ optimizers.svg, and prints tables.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from weights.experiments.picture import Curve, Panel, draw
+from weights.experiments.picture import Curve, Panel
 from weights.experiments.positions import spread
+from weights.experiments.results import machine, write
 from weights.experiments.search import best_number
-from weights.experiments.small import Laboratory, Plan, machine
+from weights.experiments.small import Laboratory, Plan
 from weights.recipe import OptimizerKind
 
 ENCODING = "RoPE"
@@ -176,9 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seeds": options.seeds,
         **compare(Comparison(laboratory, plan), options.seeds),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "optimizers.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    draw(panels(document), options.out / "optimizers.svg")
+    write(options.out, "optimizers", document, panels(document))
     print(table(document))
 
 

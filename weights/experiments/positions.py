@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from weights.experiments.encodings import ENCODINGS, SAME_COST
-from weights.experiments.picture import Curve, Panel, draw
-from weights.experiments.small import Laboratory, Plan, Run, machine
+from weights.experiments.picture import Curve, Panel
+from weights.experiments.results import machine, write
+from weights.experiments.small import Laboratory, Plan, Run
 from weights.experiments.timing import times
 
 HeldOut = Mapping[int, float]
@@ -217,9 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "held_out": curves,
         "times": measured["times"],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "positions.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    draw(panels(curves), options.out / "positions.svg")
+    write(options.out, "positions", document, panels(curves))
     print(table(document))
 
 

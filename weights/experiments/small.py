@@ -9,7 +9,6 @@ work/models/NAME/         a model directory, of those encodings that the engine 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -136,16 +135,6 @@ class Run:
             "held_out": {step: round(loss, 5) for step, loss in held_out.items()},
             "step_ms": [round(1000 * seconds, 1) for seconds in cpu],
         }
-
-
-def machine() -> dict[str, Any]:
-    """Where something was measured."""
-    return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-    }
 
 
 def slug(name: str) -> str:

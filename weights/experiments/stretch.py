@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +80,21 @@ def engine(model_dir: Path) -> LLM:
 
 @dataclass(frozen=True)
 class Way:
-    """How a text is read. rope: None is the model's own. overflow: of RequestOptions."""
+    """How a text is read. rope: None is the model's own. shift: by `overflow`, past the context."""
 
     name: str
     rope: RopeScaling | None = None
     shift: bool = False
+
+    def read(self, model_dir: Path, texts: Sequence[list[int]], trained: int) -> dict[str, Any]:
+        """Mean nats per token of each text: `within` the trained context, `beyond` it, and
+        `by_position`."""
+        losses = self.nats(engine(model_dir), texts, trained)
+        return {
+            "within": [statistics.mean(text[: trained - 1]) for text in losses],
+            "beyond": [statistics.mean(text[trained - 1 :]) for text in losses],
+            "by_position": by_position(losses),
+        }
 
     def nats(self, llm: LLM, texts: Sequence[list[int]], trained: int) -> list[list[float]]:
         """-ln p of each token but the first, by text; float [texts][length - 1].
@@ -136,3 +147,8 @@ def by_position(losses: Sequence[Sequence[float]]) -> list[list[float]]:
     """Mean nats of each of PARTS stretches of positions, by text."""
     parts = np.array_split(np.array(losses), PARTS, axis=1)
     return [[round(float(v), 4) for v in row] for row in np.array([p.mean(1) for p in parts]).T]
+
+
+def middles(length: int) -> list[float]:
+    """Where the PARTS stretches of so many positions have their middles."""
+    return [(part + 0.5) * length / PARTS for part in range(PARTS)]

@@ -13,7 +13,6 @@ xpos.svg, and prints a table.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -26,16 +25,16 @@ from tqdm import tqdm
 
 from engine.model.loader import read_config
 from engine.scaling import ScalingType
-from weights.experiments.picture import Curve, Panel, draw
-from weights.experiments.small import SERVED, machine, model_dir
+from weights.experiments.picture import Curve, Panel
+from weights.experiments.results import machine, write
+from weights.experiments.small import SERVED, model_dir
 from weights.experiments.stretch import (
     KINDS,
     PARTS,
     Way,
     best_factor,
     between,
-    by_position,
-    engine,
+    middles,
     scaled,
     stretches,
     try_factors,
@@ -58,12 +57,12 @@ def read(
     with tempfile.TemporaryDirectory() as copy:
         far = unscaled_copy(folder, Path(copy), times)
         for way in ways:
-            losses = way.nats(engine(folder if way.shift else far), texts, trained)
+            by_text = way.read(folder if way.shift else far, texts, trained)
             results[way.name] = {
-                "within": statistics.mean(v for text in losses for v in text[: trained - 1]),
-                "beyond": statistics.mean(v for text in losses for v in text[trained - 1 :]),
+                "within": statistics.mean(by_text["within"]),
+                "beyond": statistics.mean(by_text["beyond"]),
                 "by_position": [
-                    statistics.mean(part) for part in zip(*by_position(losses), strict=True)
+                    statistics.mean(part) for part in zip(*by_text["by_position"], strict=True)
                 ],
             }
     return results
@@ -109,10 +108,9 @@ def table(document: Mapping[str, Any]) -> str:
 def panels(document: Mapping[str, Any]) -> list[Panel]:
     """Nats above those of RoPE under shift, on the same tokens and seed, against position."""
     length, base = document["length"], document["results"]["RoPE, shift"]
-    at = [(part + 0.5) * length / PARTS for part in range(PARTS)]
     curves = {
         name: Curve(
-            at,
+            middles(length),
             [
                 [a - b for a, b in zip(run["by_position"], shifted["by_position"], strict=True)]
                 for run, shifted in zip(runs, base, strict=True)
@@ -164,9 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "search": search,
         "results": results,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "xpos.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    draw(panels(document), options.out / "xpos.svg")
+    write(options.out, "xpos", document, panels(document))
     print(table(document))
 
 

@@ -13,11 +13,12 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.gpt2 import GPT2
+from engine.model.loader import FLOAT_TYPES
 from weights.files import SETTINGS_FILES
-from weights.formats.known import FORMATS, UNSUPPORTED, UNSUPPORTED_CODE
+from weights.formats.recognition import recognise
 from weights.formats.rotation import from_frequencies, learned
-from weights.formats.table import MODULES, ROPE_FIELDS, Format, Layout, Setting
-from weights.source import DTYPES, Source, StoredTensor
+from weights.formats.table import ROPE_FIELDS, Format, Layout, Setting
+from weights.source import Source, StoredTensor
 
 LEARNED = "learned_frequencies"
 FREQUENCIES = "inv_freq"
@@ -72,9 +73,9 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
     declared: what the user says; it counts before all else. Raises CheckpointError, naming the
     tensor or setting, for what is not supported, missing or too much.
     """
-    _refuse(source)
-    chosen, tensors = _recognise(source)
-    description = _sort(source, chosen, tensors)
+    found = recognise(source)
+    chosen = found.format
+    description = Description(source, chosen, found.parts, found.num_layers)
     for name, value in (declared or {}).items():
         description.note(name, value, "declared")
     _check_settings(source, chosen)
@@ -108,78 +109,6 @@ def describe(source: Source, declared: Mapping[str, Any] | None = None) -> Descr
         )
     _check_shapes(description)
     return description
-
-
-def _refuse(source: Source) -> None:
-    for pattern, reason in UNSUPPORTED.items():
-        for name, tensor in source.tensors.items():
-            if re.fullmatch(pattern, name):
-                raise CheckpointError(f"{tensor.file}: tensor {name}: {reason}")
-    for pattern, reason in UNSUPPORTED_CODE.items():
-        if match := re.search(pattern, source.code):
-            raise CheckpointError(f"{source.path}: {match[0]!r} in the code in it: {reason}")
-
-
-def _recognise(source: Source) -> tuple[Format, dict[str, StoredTensor]]:
-    """The format, and the tensors under the names that its table has."""
-    for each in FORMATS:
-        head, base = each.modules["head"], str(each.modules["embedding"]).partition(".")[0] + "."
-        tensors = source.tensors
-        if not any(name.startswith(base) for name in tensors) and base != "embedding.":
-            tensors = {
-                name if name.startswith(f"{head}.") else base + name: tensor
-                for name, tensor in tensors.items()
-            }
-        if not all(any(re.fullmatch(mark, name) for name in tensors) for mark in each.marks):
-            continue
-        up = tensors.get(str(each.modules["mlp.up"]).format(0) + ".weight")
-        width = tensors.get(f"{each.modules['embedding']}.weight")
-        if up is None or width is None or len(up.shape) != 2 or len(width.shape) != 2:
-            continue
-        inner = 0 if "mlp.up" in each.transposed else 1
-        if up.shape[inner] == width.shape[1]:
-            return each, tensors
-    some = ", ".join(list(source.tensors)[:4])
-    raise CheckpointError(
-        f"{source.path}: no known format has these tensors ({some}, ...); known: "
-        f"{', '.join(each.name for each in FORMATS)}"
-    )
-
-
-def _sort(source: Source, chosen: Format, tensors: dict[str, StoredTensor]) -> Description:
-    """Which stored tensors make which of ours; everything must have its place."""
-    qkv = chosen.modules["qkv"]
-    first = (qkv if isinstance(qkv, str) else qkv[0]).replace("{}", r"(\d+)") + r"\.weight"
-    found = (re.fullmatch(first, name) for name in tensors)
-    layers = {int(match[1]) for match in found if match}
-    if layers != set(range(len(layers))):
-        raise CheckpointError(f"{source.path}: layers {sorted(layers)} are not consecutive")
-    parts: dict[str, list[StoredTensor]] = {}
-    left = dict(tensors)
-    for module, theirs in chosen.modules.items():
-        places = [("", None)] if module in MODULES else [("blocks.{}.", i) for i in sorted(layers)]
-        for prefix, layer in places:
-            for kind in ("weight", "bias"):
-                names = [
-                    f"{each.format(layer)}.{kind}"
-                    for each in ((theirs,) if isinstance(theirs, str) else theirs)
-                ]
-                there = [tensors[name] for name in names if name in tensors]
-                if there and len(there) != len(names):
-                    gone = next(name for name in names if name not in tensors)
-                    raise CheckpointError(f"{source.path}: tensor {gone} is missing")
-                if there:
-                    parts[f"{prefix.format(layer)}{module}.{kind}"] = there
-                for name in names:
-                    left.pop(name, None)
-    ignored = (*chosen.ignored, r".*\b(inv_)?freqs?")
-    for name, tensor in left.items():
-        if not any(re.fullmatch(pattern, name) for pattern in ignored):
-            raise CheckpointError(
-                f"{tensor.file}: unknown tensor {name} of shape {list(tensor.shape)}; "
-                f"{chosen.title} has none of this name"
-            )
-    return Description(source, chosen, parts, len(layers))
 
 
 def _get(settings: Mapping[str, Any], key: str) -> Any:
@@ -370,7 +299,7 @@ def _settle_rotation(description: Description) -> None:
 
 def _check_shapes(description: Description) -> None:
     """Every tensor of the network there, in its shape and a float type; nothing is read."""
-    config = description.config(candidate_defaults(description))
+    config = description.config(_any_for_open(description))
     with torch.device("meta"):
         expected = GPT2(config).state_dict()
     if config.tie_embeddings:
@@ -405,15 +334,15 @@ def _check_tensor(tensor: StoredTensor, shape: Iterable[int]) -> None:
             f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, "
             f"{list(shape)} is needed"
         )
-    if tensor.dtype not in DTYPES.values():
+    if tensor.dtype not in FLOAT_TYPES.values():
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}; one of "
-            f"{', '.join(DTYPES)} is needed"
+            f"{', '.join(FLOAT_TYPES)} is needed"
         )
 
 
-def candidate_defaults(description: Description) -> dict[str, Any]:
-    """Any values at all for what is open, to have a whole configuration."""
+def _any_for_open(description: Description) -> dict[str, Any]:
+    """Any values at all for what is open: shapes do not depend on them."""
     some = {
         "pairing": "half",
         "rope_sign": 1,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.model.loader import FLOAT_TYPES
 from engine.model.rope import inverse_frequencies
-from weights.source import DTYPES, StoredTensor
+from weights.source import StoredTensor
 
 
 def from_frequencies(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def learned(tensors: Mapping[str, StoredTensor], num_layers: int) -> list[Stored
 
 
 def _check(tensor: StoredTensor) -> None:
-    if tensor.dtype not in DTYPES.values() or len(tensor.shape) != 1 or not tensor.shape[0]:
+    if tensor.dtype not in FLOAT_TYPES.values() or len(tensor.shape) != 1 or not tensor.shape[0]:
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is no list of frequencies")
 
 

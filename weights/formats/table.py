@@ -58,7 +58,7 @@ class Format:
     default.
     settings, fixed: where a field of ModelConfig stands, or what the architecture says of it.
     ignored: regular expressions of tensors that carry nothing, such as masks.
-    refused: regular expression of a tensor -> why there is no serving it.
+    limits: settings that the engine cannot follow as they may be.
     """
 
     name: str
@@ -73,5 +73,4 @@ class Format:
     complete_with: str = ""
     transposed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()

@@ -18,7 +18,7 @@ from engine.model.attention.base import (
     score_scale,
 )
 from engine.model.kernels import attention as kernels
-from engine.model.kernels.common import emulates, padded
+from engine.model.kernels.common import emulates, next_power_of_2, padded
 from engine.model.profiles import ProfileTables
 from engine.scaling import UNSCALED, RopeScaling
 
@@ -282,7 +282,7 @@ class _TritonStep:
         self, layer: int, qkv: Tensor, keys: Tensor, values: Tensor, places: tuple[int, ...]
     ) -> None:
         backend = self._backend
-        head_tile = min(16, 1 << (backend.num_kv_heads - 1).bit_length())
+        head_tile = min(16, next_power_of_2(backend.num_kv_heads))
         kernels.store[(len(qkv), -(-backend.num_kv_heads // head_tile))](
             qkv,
             keys,

@@ -9,7 +9,8 @@ import torch
 from engine.execution import device_sampler
 from engine.execution.device_sampler import DeviceSampler, SamplingTensors
 from engine.execution.sampler import Sampler
-from engine.request import Request, SamplingParams
+from engine.params import SamplingParams
+from engine.request import Request
 
 VOCAB = 37
 PARAMS = [

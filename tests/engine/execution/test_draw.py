@@ -14,7 +14,8 @@ from engine.execution.cpu_draw import KernelDraw
 from engine.execution.draw import NUCLEUS_TOKENS, Draw, nucleus_threshold
 from engine.execution.uniforms import uniforms
 from engine.model.library import KernelUnavailableError, supported_variants
-from engine.request import Request, SamplingParams
+from engine.params import SamplingParams
+from engine.request import Request
 from tests.engine.execution.test_sampler import request
 
 SHARPEST, FLATTEST = 1e-6, 100.0
@@ -67,7 +68,7 @@ def test_the_token_is_that_of_a_full_sort(
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 5003, generator=generator) * 3
     logits[:, 70:90] = -torch.inf
-    params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+    params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]  # by name
     requests = [request(params, seed=seed) for seed in range(len(logits))]
     drawn = draw(logits, range(len(logits)), requests)
     numbers = uniforms(requests)
@@ -81,7 +82,7 @@ def test_the_token_is_that_of_a_full_sort(
 
 @pytest.mark.parametrize("filters", [{"top_k": 7}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
 def test_what_is_filtered_never_comes(draw: Draw, filters: dict[str, float]) -> None:
-    params = SamplingParams(**filters)  # type: ignore[arg-type]
+    params = SamplingParams(**filters)  # type: ignore[arg-type]  # by name
     logits = (torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 2).repeat(5000, 1)
     drawn = draw(logits, range(5000), [request(params, seed=seed) for seed in range(5000)])
     kept = np.flatnonzero(expected(logits[0], params))
@@ -92,7 +93,7 @@ def test_what_is_filtered_never_comes(draw: Draw, filters: dict[str, float]) -> 
 def test_ties_stay_together(draw: Draw) -> None:
     logits = torch.tensor([0.0, 3.0, 1.0, 3.0, 3.0, -2.0]).repeat(400, 1)
     for filters in ({"top_k": 1}, {"top_p": 0.01}):
-        params = SamplingParams(**filters)  # type: ignore[arg-type]
+        params = SamplingParams(**filters)  # type: ignore[arg-type]  # by name
         drawn = draw(logits, range(400), [request(params, seed=seed) for seed in range(400)])
         assert set(drawn) == {1, 3, 4}
 
@@ -125,7 +126,7 @@ def test_the_ends_of_the_stream(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_row_is_drawn_alike_in_any_company(draw: Draw) -> None:
     logits = torch.randn(9, 3000, generator=torch.Generator().manual_seed(2)) * 3
     requests = [
-        request(SamplingParams(temperature=0.5 + row, **FILTERS[row]), seed=row)  # type: ignore[arg-type]
+        request(SamplingParams(temperature=0.5 + row, **FILTERS[row]), seed=row)  # type: ignore[arg-type]  # by name
         for row in range(9)
     ]
     alone = [draw(logits, [row], [each])[0] for row, each in enumerate(requests)]

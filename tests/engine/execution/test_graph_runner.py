@@ -30,7 +30,8 @@ from engine.grammar import INSTALLED as GRAMMARS
 from engine.messages import AddRequest, EngineOutput
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from engine.model.gpt2 import GPT2
-from engine.request import Grammar, Request, SamplingParams, Targets, Window
+from engine.params import Grammar, SamplingParams
+from engine.request import Request, Targets, Window
 from engine.scaling import RopeScaling
 from tests.models import EOS, tiny_config
 
@@ -200,7 +201,7 @@ def random_request(rng: random.Random, name: str, pages: int) -> AddRequest:
         window=window,
         targets=Targets(0, prompt) if kind == "scored" else None,
         choice=rng.randrange(2),
-        suspect=rng.random() < 0.1,
+        suspect_at=0 if rng.random() < 0.1 else None,
     )
 
 
@@ -348,7 +349,7 @@ def test_the_journal_names_what_runs_ahead(
 ) -> None:
     path = tmp_path / "step"
 
-    def left() -> tuple[list[str], list[str]]:
+    def left() -> tuple[dict[str, int], list[str]]:
         with StepJournal(path) as dead:
             return dead.suspects, dead.poisoned
 
@@ -356,20 +357,21 @@ def test_the_journal_names_what_runs_ahead(
         engine, _ = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig(), journal)
         engine.add(request("a", 30))
         engine.step()
-        assert left() == (["a"], [])  # between two steps, which die together
-        engine.add(AddRequest(**_fields(request("s", 30)) | {"suspect": True}))
-        seen: list[tuple[list[str], list[str]]] = []
+        assert left() == ({"a": 1}, [])  # between two steps, which die together
+        engine.add(AddRequest(**_fields(request("s", 30)) | {"suspect_at": 0}))
+        seen: list[tuple[dict[str, int], list[str]]] = []
         execute = engine._runner.execute
         monkeypatch.setattr(
             engine._runner, "execute", lambda step: (seen.append(left()), execute(step))[1]
         )
-        journal.begin(["a"], alone=False)
+        journal.begin({"a": 1}, alone=False)
         engine.step()
-        assert seen == [(["s", "a"], [])]  # the suspect's step, but a's is still running
-        assert left() == (["s"], [])  # it came further, and its next token is computed
-        journal.begin(["s"], alone=True)
+        # The suspect's step, but a's is still running.
+        assert seen == [({"a": 1, "s": 0}, [])]
+        assert left() == ({"s": 1}, [])  # it came further, and its next token is computed
+        journal.begin({"s": 1}, alone=True)
         engine.step()
-        assert sorted(seen[1][0]) == ["a", "s"]
+        assert seen[1] == ({"a": 1, "s": 1}, [])
 
 
 def _fields(message: AddRequest) -> dict[str, object]:

@@ -10,7 +10,8 @@ import torch
 from scipy import stats
 
 from engine.execution.sampler import Sampler
-from engine.request import Request, SamplingParams
+from engine.params import SamplingParams
+from engine.request import Request
 
 VOCAB = 12
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -9.0])

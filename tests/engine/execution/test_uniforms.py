@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from engine.execution.uniforms import philox, uniforms
-from engine.request import SamplingParams
+from engine.params import SamplingParams
 from tests.engine.execution.test_sampler import request
 
 

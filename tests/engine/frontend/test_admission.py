@@ -10,7 +10,8 @@ from engine.errors import ContextOverflow, InvalidRequest
 from engine.frontend.admission import Admission, Usage
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, EngineReady
-from engine.request import Overflow, RequestOptions, SamplingParams, Window
+from engine.params import Overflow, RequestOptions, SamplingParams
+from engine.request import Window
 from tests.models import EOS
 
 

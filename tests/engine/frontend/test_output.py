@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from engine.frontend.output import Detokenizer, OutputProcessor, StopStrings
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineOutput
-from engine.request import FinishReason, SamplingParams
+from engine.params import SamplingParams
+from engine.request import FinishReason
 from tests.models import EOS
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.config import Activation
 from engine.model.attention.reference import NaiveAttention
 from engine.model.cuda_layers import ProductTile, TritonNorm, TritonProduct, use_triton
 from engine.model.rope import RotaryTable
@@ -44,13 +45,13 @@ def test_a_model_computes_the_same(switches: dict[str, object], dtype: torch.dty
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_activations(activation: str) -> None:
+def test_activations(activation: Activation) -> None:
     linear = nn.Linear(20, 40).requires_grad_(False)
     rows = 4 * torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     rows[0] *= 100  # both ends of the curve
     wide = copy.deepcopy(linear).double()(rows.double())
     expected = F.gelu(wide, approximate="tanh" if activation == "gelu_tanh" else "none")
-    actual = TritonProduct(linear, activation)(rows)  # type: ignore[arg-type]
+    actual = TritonProduct(linear, activation)(rows)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 

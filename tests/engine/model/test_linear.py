@@ -107,7 +107,7 @@ def test_leading_dimensions_are_kept() -> None:
     assert "in_features=64" in repr(layer)
 
 
-class _Neighbourly:
+class _Neighbourly(Product):
     """A product whose rows depend on how many there are."""
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class _Neighbourly:
 
 
 def test_the_trial_sees_rows_that_depend_on_others() -> None:
-    assert not is_row_invariant(_Neighbourly(), 8, torch.float32)  # type: ignore[arg-type]
+    assert not is_row_invariant(_Neighbourly(), 8, torch.float32)
 
 
 def test_a_product_that_fails_the_trial_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.config import Quantize
 from engine.errors import ConfigError
 from engine.model import library
 from engine.model.attention.reference import NaiveAttention
@@ -30,14 +31,14 @@ from tests.models import random_model, tiny_config
     ],
 )
 def test_a_fused_model_computes_the_same(
-    switches: str, dtype: torch.dtype, quantize: str, bound: float
+    switches: str, dtype: torch.dtype, quantize: Quantize, bound: float
 ) -> None:
     model = random_model(tiny_config(**SWITCHES.get(switches, {}))).to(dtype)
     attention = NaiveAttention(RotaryTable.for_model(model.config), model.config.num_heads)
     token_ids = torch.arange(40)
     expected = copy.deepcopy(model).double()
     reference = expected.logits(expected(token_ids, attention))
-    fuse(model, quantize)  # type: ignore[arg-type]
+    fuse(model, quantize)
     assert [type(each) for each in model.blocks] == [FusedStack]
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     actual = model.logits(model(token_ids, attention))
@@ -67,10 +68,10 @@ def test_the_products_are_named() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_a_tied_weight_is_held_once(tied: bool, quantize: str) -> None:
+def test_a_tied_weight_is_held_once(tied: bool, quantize: Quantize) -> None:
     model = random_model(tiny_config(tie_embeddings=tied))
     expected = model.embedding.weight.detach().clone()
-    fuse(model, quantize)  # type: ignore[arg-type]  # parametrised
+    fuse(model, quantize)
     shared = isinstance(model.embedding, PanelEmbedding)
     assert shared == (tied and quantize == "none")
     assert torch.equal(model.embedding(torch.arange(len(expected))), expected)

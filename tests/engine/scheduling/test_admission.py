@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from engine.config import SchedulerConfig
-from engine.request import (
-    FinishReason,
-    Request,
-    RequestOptions,
-    RequestStatus,
-    SamplingParams,
-    Window,
-)
+from engine.params import RequestOptions, SamplingParams
+from engine.request import FinishReason, Request, RequestStatus, Window
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from tests.engine.scheduling.test_scheduler import shape, step
@@ -183,7 +177,7 @@ def test_others_pass_one_that_waits_for_an_endless_one() -> None:
             step(scheduler)
         large, small = request("b", 12), request("c", 4)
         if suspects:
-            large.suspect = small.suspect = True
+            large.suspect_at = small.suspect_at = 0
         for each in (large, small, request("d", 4)):
             scheduler.add(each)
         for _ in range(3):

@@ -17,16 +17,8 @@ from engine.messages import (
     StepResult,
     TokenLogprobs,
 )
-from engine.request import (
-    SINK_BLOCKS,
-    FinishReason,
-    Request,
-    RequestOptions,
-    RequestStatus,
-    SamplingParams,
-    Targets,
-    Window,
-)
+from engine.params import RequestOptions, SamplingParams
+from engine.request import SINK_BLOCKS, FinishReason, Request, RequestStatus, Targets, Window
 from engine.scaling import RopeScaling
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import ProfileRows
@@ -92,7 +84,7 @@ class Lives(RuleBasedStateMachine):
         timeout_s=st.sampled_from([None, None, 3.0, 30.0]),
         salt=st.sampled_from(["", "", "x"]),
         shift=st.booleans(),
-        suspect=st.sampled_from([False] * 5 + [True]),
+        suspected=st.sampled_from([None] * 8 + [0, 2]),
         done=st.integers(0, 5),
         rope=st.sampled_from(ROPES),
         scored_from=st.sampled_from([None, None, None, 0, 3]),
@@ -106,12 +98,13 @@ class Lives(RuleBasedStateMachine):
         timeout_s: float | None,
         salt: str,
         shift: bool,
-        suspect: bool,
+        suspected: int | None,
         done: int,
         rope: RopeScaling | None,
         scored_from: int | None,
     ) -> None:
-        """done: tokens that it had in an earlier engine; scored_from: the first row that is scored,
+        """done: tokens that it had in an earlier engine; suspected: how many more that had
+        computed when it died; scored_from: the first row that is scored,
         of a request that has none yet."""
         capacity = self.pool.num_blocks * SIZE
         prompt = [*range(shared), *[100 + self.count % 3] * own]
@@ -134,7 +127,7 @@ class Lives(RuleBasedStateMachine):
             window=WINDOW if shift else None,
             targets=targets,
             output_token_ids=[7] * done,
-            suspect=suspect,
+            suspect_at=None if suspected is None else done + suspected,
         )
         self.scheduler.add(request, elapsed_s=0.5 * done)
         self.alive[request.request_id] = request

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.request import Request, RequestOptions, SamplingParams
+from engine.params import RequestOptions, SamplingParams
+from engine.request import Request
 from engine.scaling import UNSCALED, RopeScaling
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix_cache import Lineage, PrefixCache

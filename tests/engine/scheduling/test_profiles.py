@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from engine.config import SchedulerConfig
 from engine.messages import ProfileRow
-from engine.request import Request, RequestOptions, SamplingParams
+from engine.params import RequestOptions, SamplingParams
+from engine.request import Request
 from engine.scaling import UNSCALED, RopeScaling
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import ProfileRows

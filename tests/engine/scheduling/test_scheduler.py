@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from engine.config import SchedulerConfig
 from engine.messages import EngineOutput, SampledToken, SchedulerOutput, StepResult
-from engine.request import FinishReason, Request, RequestOptions, SamplingParams
+from engine.params import RequestOptions, SamplingParams
+from engine.request import FinishReason, Request
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.shared import SharedPrefixes

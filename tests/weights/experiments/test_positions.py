@@ -151,7 +151,7 @@ def test_the_experiment_runs_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_engine_serves_what_was_trained_under_xpos(tmp_path: Path) -> None:
-    plan = Plan(vocab_size=300, hidden_size=32, length=64, steps=1)
+    plan = Plan(vocab_size=300, hidden_size=32, length=64, steps=2)
     laboratory = Laboratory(corpus(tmp_path), tmp_path / "work", plan)
     run = Run("xPos", 1, plan)
     # scores as they are after training, where positions matter

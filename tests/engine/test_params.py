@@ -7,7 +7,7 @@ import math
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.request import SamplingParams
+from engine.params import Grammar, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,21 @@ from engine.request import SamplingParams
         ("stop", None, "stop must be a list of strings, got None"),
         ("top_k", None, "top_k must be an integer, got None"),
         ("stop", (3,), "stop must hold strings, got 3"),
+        ("ignore_eos", "no", "ignore_eos must be true or false, got 'no'"),
+        ("grammar", "[a-z]", "grammar must be a Grammar, got '.a-z.'"),
     ],
 )
 def test_out_of_range(field: str, value: object, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]  # the values are wrong on purpose
     assert caught.value.field == field
+
+
+def test_the_length_of_a_grammar() -> None:
+    long = Grammar("json_schema", " " * 65_537)
+    with pytest.raises(InvalidRequest, match="at most 65536 characters, got 65537") as caught:
+        SamplingParams(grammar=long)
+    assert caught.value.field == "response_format"  # as the request calls it
 
 
 def test_one_stop_string_may_stand_alone() -> None:
