@@ -17,7 +17,7 @@ from weights.experiments import context, optimizers, positions, xpos
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "experiments.md").read_text(encoding="utf-8")
-NETWORK = ["--hidden-size", "16", "--length", "64", "--vocab-size", "300"]
+NETWORK = ["--hidden-size", "16", "--length", "192", "--vocab-size", "300"]
 # What makes a command small, after all that it says itself; {model}: a folder.
 SMALL = {
     "positions": [*NETWORK, "--steps", "2", "--rounds", "2", "--seeds", "1"],

@@ -130,7 +130,7 @@ class Experiment:
         def measure(factor: float) -> float:
             way = scaled(kind, factor, self.trained)
             row = self._read(way, f"{way.name}, other texts", self.others, None)
-            return statistics.mean(row["beyond"])
+            return float(statistics.mean(row["beyond"]))
 
         return try_factors(self.times, measure)
 
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Interpolation and YaRN are fine-tuned as their authors did, at the stretch itself.
         of = {kind: scaled(kind, options.times, trained) for kind in KINDS}
         of["ntk"] = scaled("ntk", factors["ntk"], trained)
-        tuned_ways = {BASELINE: ways[0], "none": ways[1], **of}
+        tuned_ways: dict[str, Way] = {BASELINE: ways[0], "none": ways[1]} | dict(of)
         sources = {n: t for n, t in open_tokens(tokens / "train").items() if len(t) > length}
         for kind in options.tune:
             way = tuned_ways[kind]
