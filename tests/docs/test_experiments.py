@@ -19,11 +19,13 @@ DOCS = ROOT / "docs"
 PAGE = (DOCS / "experiments.md").read_text(encoding="utf-8")
 NETWORK = ["--hidden-size", "16", "--length", "192", "--vocab-size", "300"]
 # What makes a command small, after all that it says itself; {model}: a folder.
+SHORT = ["--steps", "2", "--seeds", "1"]
+FEW = ["--rounds", "2", "--encodings", "RoPE", "learned absolute", "xPos"]
 SMALL = {
-    "positions": [*NETWORK, "--steps", "2", "--rounds", "2", "--seeds", "1"],
+    "positions": [*NETWORK, *SHORT, *FEW],
     "context": ["--model", "{model}", "--times", "2", "--texts", "2", "--fine-tune", "1"],
     "xpos": ["--texts", "2", "--times", "2", "--seeds", "1"],
-    "optimizers": [*NETWORK, "--steps", "2", "--seeds", "1"],
+    "optimizers": [*NETWORK, *SHORT],
 }
 
 
