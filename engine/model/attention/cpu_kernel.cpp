@@ -330,10 +330,10 @@ bool inside(const RopewayLayer &layer, const RopewayStep &step) {
 
 // Cut the step into items; returns how many. Long chunks go a head at a time, so that a head's page
 // and rows stay in the nearest cache; a few rows go through all heads of a page, or through as many
-// as leave every thread a share.
+// as leave every thread two shares: one that is held up leaves the other's second to who is not.
 int64_t divide(const RopewayLayer &layer, const RopewayStep &step, Item *items) {
     int64_t count = 0;
-    const int share = (layer.num_heads + step.num_threads - 1) / step.num_threads;
+    const int share = (layer.num_heads + 2 * step.num_threads - 1) / (2 * step.num_threads);
     const int few = step.num_seqs < 4 * step.num_threads ? share : layer.num_heads;
     for (int seq = 0; seq < step.num_seqs; ++seq)
         for (int row = step.query_start[seq]; row < step.query_start[seq + 1]; row += SLAB_ROWS) {
