@@ -55,7 +55,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dimensions_last: bool | None = None,
     ) -> KVCache:
-        """Zeroed pages; on a CPU the system gives their memory only when it is first written.
+        """Zeroed pages, so that the memory is there, or is missing now and not in mid stream.
 
         dimensions_last: whether a key's dimensions lie side by side; None: where the device is no
         CPU.
