@@ -30,7 +30,9 @@ from engine.messages import (
     EngineStats,
     FromCore,
     Hello,
+    SchedulerOutput,
     StepOutput,
+    StepResult,
     ToCore,
 )
 from engine.model.attention.base import KVCache
@@ -221,15 +223,22 @@ class EngineCore:
     def step(self) -> list[EngineOutput]:
         """Schedule, execute, update."""
         step = self._scheduler.schedule()
-        asked = {item.request.request_id: item.request.num_output_tokens for item in step.scheduled}
-        if self._journal is not None and step.scheduled:
-            computed = self._ahead | asked
-            self._journal.begin(computed, alone=step.alone and len(computed) == len(asked))
-        result = self._runner.execute(step)
-        if self._journal is not None:  # what the runner has begun already, if it does that
-            self._ahead = {request_id: asked[request_id] + 1 for request_id in self._runner.ahead}
-            self._journal.begin(self._ahead, alone=False)
+        if self._journal is None:
+            result = self._runner.execute(step)
+        else:
+            result = self._execute(step, self._journal)
         return self._scheduler.update(step, result)
+
+    def _execute(self, step: SchedulerOutput, journal: StepJournal) -> StepResult:
+        """The journal knows all the while what is being computed, ahead of its step too."""
+        asked = {item.request.request_id: item.request.num_output_tokens for item in step.scheduled}
+        if asked:
+            computed = self._ahead | asked
+            journal.begin(computed, alone=step.alone and len(computed) == len(asked))
+        result = self._runner.execute(step)
+        self._ahead = {request_id: asked[request_id] + 1 for request_id in self._runner.ahead}
+        journal.begin(self._ahead, alone=False)
+        return result
 
 
 class EngineLoop:

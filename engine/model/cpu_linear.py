@@ -17,9 +17,6 @@ from engine.model.library import address_of, load_kernel
 Format = Literal["float32", "bfloat16", "int8"]
 
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8")
-WIDTH = {"float32": 1, "bfloat16": 2, "int8": 4}
-"""Weights in a word of 32 bits."""
-
 ACTIVATIONS: tuple[Activation | None, ...] = (None, "gelu", "gelu_tanh", "relu", "relu2")
 PANEL = 64
 """Outputs whose weights stand together; PANEL of cpu_linear.cpp."""

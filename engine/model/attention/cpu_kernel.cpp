@@ -330,7 +330,7 @@ bool inside(const RopewayLayer &layer, const RopewayStep &step) {
 
 // Cut the step into items; returns how many. Long chunks go a head at a time, so that a head's page
 // and rows stay in the nearest cache; a few rows go through all heads of a page, or through as many
-// as leave every thread two shares: one that is held up leaves the other's second to who is not.
+// as leave every thread two shares: where the system holds one thread up, another takes its second.
 int64_t divide(const RopewayLayer &layer, const RopewayStep &step, Item *items) {
     int64_t count = 0;
     const int share = (layer.num_heads + 2 * step.num_threads - 1) / (2 * step.num_threads);
