@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What stands for a signal; None where no Python code set it."""
 
 
 class Stop:
@@ -16,11 +20,11 @@ class Stop:
     def __init__(self, *, hurried: bool) -> None:
         self.hurried = hurried
         self.asked: signal.Signals | None = None
-        self._before: dict[signal.Signals, signal.Handlers] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> Stop:
         for each in (signal.SIGINT, signal.SIGTERM):
-            self._before[each] = signal.signal(each, self._ask)  # type: ignore[assignment]
+            self._before[each] = signal.signal(each, self._ask)
         return self
 
     def __exit__(
