@@ -120,6 +120,8 @@ def test_nothing_below_the_cli_reads_the_environment() -> None:
         "import engine.frontend.client, engine.frontend.process",
         "import engine.scheduling.scheduler",
         "import server.app, server.cli, server.worker",
+        "from pathlib import Path; from weights.cache import is_model_directory; "
+        "assert is_model_directory(Path('weights/default'))",
     ],
 )
 def test_importing_loads_no_torch(statement: str) -> None:
