@@ -67,6 +67,7 @@ def ways_of(linears: Sequence[nn.Linear], *, compiles: bool) -> dict[str, Way]:
         "weight_only_int8": Layers([WeightOnly(linear) for linear in linears]),
     }
     if compiles:
+        torch._dynamo.reset()  # it compiles the same code for few shapes, and gives up then
         ways["compiled"] = torch.compile(Layers(linears), dynamic=False)
     return ways
 
