@@ -26,7 +26,7 @@ from engine.errors import (
     RequestError,
     RopewayError,
 )
-from server.caller import caller_of, note_failure
+from server.access.caller import caller_of, note_failure
 from server.schemas import ErrorBody, OpenAIErrorBody
 
 OPENAI_PATH = "/v1/"
