@@ -44,9 +44,14 @@ ARROWS = {
     "engine.model": VOCABULARY,
     "engine.execution": VOCABULARY | GRAMMAR | {"engine.model"},
     "server": {"engine"},
+    "server.access": {"engine"},
     "server.cli": {"engine", "server", "weights", "loadtest"},
+    "server.replicas": {"engine", "server.answers", "server.errors", "server.events"},
+    "server.terminal": {"engine", "server.chat", "server.settings"},
     "weights": {"engine"},
     "loadtest": {"engine"},
+    "loadtest.gpu": {"engine"},  # needs nothing that a machine with a GPU may not have
+    "loadtest.load": {"engine", "loadtest.errors", "loadtest.others", "loadtest.servers"},
 }
 
 

@@ -1,1 +1,1 @@
-"""What people meet at a terminal: options, panels, exit codes, and the commands without a server."""
+"""What people meet at a terminal: options, panels, exit codes, the commands without a server."""
