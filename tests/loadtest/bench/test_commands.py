@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loadtest.bench.commands import app
+from loadtest.bench.commands import DEFAULT_MODEL, app
 from loadtest.servers import ropeway
 
 TINY = ["--threads", "1", "--repeats", "2"]
@@ -95,9 +95,10 @@ def test_serve_uses_a_running_server(tiny_model_dir: Path, tmp_path: Path) -> No
     assert "memory" not in document
 
 
-def test_queue(tiny_model_dir: Path, tmp_path: Path) -> None:
-    sizes = ["--prompt-tokens", "8", "--output-tokens", "180", "--streams", "2"]
-    document, _ = run(tiny_model_dir, tmp_path, "queue", "--waiting", "0,5", *sizes)
+def test_queue(tmp_path: Path) -> None:
+    """With the shipped model: streams of the tiny one end before five others wait."""
+    sizes = ["--prompt-tokens", "8", "--output-tokens", "300", "--streams", "2"]
+    document, _ = run(DEFAULT_MODEL, tmp_path, "queue", "--waiting", "0,5", *sizes)
     none, five = document["results"]
     assert (none["waiting"], five["waiting"]) == (0, 5)
     assert none["of_none_waiting"] == 1
