@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from engine.frontend.tokenizer import Tokenizer as Ours
 from tests.models import write_tokenizer
 from weights.bpe import train_tokenizer
 from weights.inspect import sample_text
-from weights.vocabulary import convert_tokenizer, read_characters
+from weights.tokenizer.convert import convert_tokenizer
 
 RELAXED = settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -371,48 +370,3 @@ def test_ranks_without_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(TokenizerError, match=r"267 ranks without a tokenizer_config.json"):
         convert_tokenizer(tmp_path, out)
-
-
-def test_characters(tmp_path: Path) -> None:
-    alphabet = sorted(set("To be, or not to be?\né"))
-    ids = {c: i for i, c in enumerate(alphabet)}
-    meta = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": ids}
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    out = tmp_path / "out"
-    out.mkdir()
-    assert convert_tokenizer(tmp_path, out) == f"meta.pkl, {len(alphabet)} characters"
-    tokenizer = Ours.from_directory(out)
-    assert tokenizer.encode("to bé") == [ids[c] for c in "to bé"]
-    assert tokenizer.decode(tokenizer.encode("or not")) == "or not"
-    assert (len(tokenizer), tokenizer.unused_ids, tokenizer.longest_token) == (len(alphabet), [], 2)
-    with pytest.raises(UnicodeEncodeError, match=r"alphabet of .* lacks it"):
-        tokenizer.encode("x")
-    with pytest.raises(KeyError):
-        tokenizer.token_bytes(99)
-    again = tmp_path / "again"
-    again.mkdir()
-    assert convert_tokenizer(out, again) == "tokenizer_config.json, characters"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"itos": {0: "a", 2: "b"}}, "needs `itos`"),
-        ({"itos": {0: "ab"}}, "needs `itos`"),
-        ([1], "needs `itos`"),
-        ({"itos": {0: Path("x")}}, "refused, since it wants pathlib"),
-    ],
-)
-def test_alphabets_that_cannot_be(tmp_path: Path, content: Any, message: str) -> None:
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(TokenizerError, match=message):
-        read_characters(tmp_path / "meta.pkl")
-
-
-@given(content=st.binary(max_size=64))
-@settings(max_examples=200, deadline=None)
-def test_any_pickle(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "meta.pkl"
-    path.write_bytes(content)
-    with pytest.raises(TokenizerError):
-        read_characters(path)
