@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from engine.config import Quantize
 from engine.errors import RopewayError
-from loadtest.bench.commands import DEFAULT_MODEL, counts
+from loadtest.bench.options import DEFAULT_MODEL, counts
 from loadtest.client import run_http
 from loadtest.errors import Unmeasurable
 from loadtest.figures import ranged, spread

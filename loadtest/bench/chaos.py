@@ -22,11 +22,11 @@ from engine import LLM, Completion, RequestOptions, SamplingParams
 from engine.config import DType
 from engine.messages import EngineReady
 from loadtest.bench.crowd import MANNERS, Crowd, Seen
+from loadtest.bench.options import DEFAULT_MODEL, Dtype, Json, Model
 from loadtest.bench.victim import Footprint, Victim, victim
 from loadtest.report import write
 from loadtest.servers import free_port
 
-DEFAULT_MODEL = Path(__file__).parents[2] / "weights" / "default"
 RECOVERY_SECONDS = 60.0
 QUIET_SECONDS = 30.0
 """How long the server gets to have freed everything after the last stream."""
@@ -288,10 +288,8 @@ async def run(
 
 
 def chaos(
-    model: Annotated[
-        Path, typer.Option(help="Model directory.", show_default="the shipped model")
-    ] = DEFAULT_MODEL,
-    dtype: Annotated[DType, typer.Option(help="auto: as the server chooses.")] = "auto",
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
     threads: Annotated[int, typer.Option(help="Engine threads.", min=1)] = 1,
     streams: Annotated[int, typer.Option(help="Clients in each round.", min=1)] = 200,
     rounds: Annotated[int, typer.Option(help="How often; the same requests.", min=1)] = 10,
@@ -300,9 +298,7 @@ def chaos(
     prompt_tokens: Annotated[int, typer.Option(help="Longest prompt.", min=1)] = 160,
     output_tokens: Annotated[int, typer.Option(help="Longest output.", min=2)] = 160,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 32,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write JSON here as well as to stdout.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Mistreat a server of its own: clients that leave or read slowly, kill -9 of the engine, a
     cache too small by half. Every output that survives is compared with a run alone.

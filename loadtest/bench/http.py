@@ -20,6 +20,8 @@ import psutil
 import typer
 from rich.console import Console
 
+from engine.frontend.tokenizer import Tokenizer
+from loadtest.bench.options import DEFAULT_MODEL
 from loadtest.errors import Unmeasurable
 from loadtest.report import write
 from loadtest.servers import allow_connections
@@ -104,20 +106,22 @@ def _killed(process: subprocess.Popen[bytes]) -> Generator[subprocess.Popen[byte
 
 
 async def _until_ready(port: int, count: int) -> None:
-    """All of so many processes, of which each connection picks one."""
-    deadline = time.monotonic() + START_SECONDS
+    """All of so many processes, of which each connection picks one. Raises Unmeasurable."""
     in_a_row = 0
-    while time.monotonic() < deadline:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        answer = await reader.read()
-        writer.close()
-        await writer.wait_closed()
-        in_a_row = in_a_row + 1 if b" 200 " in answer.split(b"\r\n", 1)[0] else 0
-        if in_a_row == (1 if count == 1 else READY_IN_A_ROW):
-            return
-        await asyncio.sleep(0 if in_a_row else 0.05)
-    raise TimeoutError(f"the HTTP processes were not ready after {START_SECONDS:g} s")
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            while in_a_row < (1 if count == 1 else READY_IN_A_ROW):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                try:
+                    writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                    answer = await reader.read()  # never ends where the process has ended
+                finally:
+                    writer.close()
+                    await writer.wait_closed()
+                in_a_row = in_a_row + 1 if b" 200 " in answer.split(b"\r\n", 1)[0] else 0
+                await asyncio.sleep(0 if in_a_row else 0.05)
+    except TimeoutError:
+        raise Unmeasurable(f"the HTTP processes were not ready after {START_SECONDS:g} s") from None
 
 
 async def _ask(port: int, max_tokens: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -193,7 +197,9 @@ def idle(model: Path, streams: int) -> Idle:
 
 
 def measure(
-    model: Annotated[Path, typer.Option(help="Whose tokenizer is used.")] = Path("weights/default"),
+    model: Annotated[
+        Path, typer.Option(help="Whose tokenizer is used.", show_default="the shipped model")
+    ] = DEFAULT_MODEL,
     count: Annotated[int, typer.Option("--workers", min=1, help="HTTP processes.")] = 1,
     streams: Annotated[int, typer.Option(min=1, help="Streams at once, per process.")] = 64,
     rate: Annotated[float, typer.Option(min=1, help="Tokens a second of each stream.")] = 500,
@@ -209,6 +215,7 @@ def measure(
     The engine computes nothing, so the HTTP processes are what is measured: by their own processor
     time, which other programs do not disturb much.
     """
+    Tokenizer.from_directory(model)  # what is wrong with it is said once, before anything starts
     try:
         allow_connections(max(idle_streams, count * streams))
     except Unmeasurable as error:

@@ -18,6 +18,7 @@ from engine import LLM, RequestOptions
 from engine.config import CacheConfig, DType, Quantize
 from engine.errors import InvalidRequest
 from engine.request import SINK_BLOCKS, Window
+from loadtest.bench.options import DEFAULT_MODEL, Json, Model, Threads
 from loadtest.report import write
 
 SHIFT = RequestOptions(overflow="shift")
@@ -25,7 +26,7 @@ WITHIN = 0.05
 """How much a shifting context may cost: the share that perplexity is above that of windows
 computed anew."""
 
-SAMPLE = Path(__file__).parents[2] / "weights" / "sample.txt"
+SAMPLE = DEFAULT_MODEL.parent / "sample.txt"
 BATCH = 8
 
 
@@ -141,16 +142,12 @@ def compare(
 
 
 def quality(
-    model: Annotated[
-        Path, typer.Option(help="Model directory.", show_default="the shipped model")
-    ] = SAMPLE.parent / "default",
+    model: Model = DEFAULT_MODEL,
     dtype: Annotated[DType, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quantize: Annotated[
         Quantize, typer.Option(help="int8: what quantized weights cost; compare with none.")
     ] = "none",
-    threads: Annotated[
-        int | None, typer.Option(help="Engine threads.", show_default="one per core")
-    ] = None,
+    threads: Threads = None,
     text: Annotated[
         Path,
         typer.Option(
@@ -170,9 +167,7 @@ def quality(
     sinks: Annotated[
         str, typer.Option(help="Pages at the beginning that shifting keeps, by commas.")
     ] = f"{SINK_BLOCKS},0",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write JSON here as well as to stdout.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Perplexity of a text behind its first context: `overflow: shift` beside windows of the same
     size that are computed anew, and beside plain windowing without sinks.

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loadtest.bench.commands import DEFAULT_MODEL, app
+from loadtest.bench.commands import app
+from loadtest.bench.options import DEFAULT_MODEL
 from loadtest.servers import ropeway
 
 TINY = ["--threads", "1", "--repeats", "2"]

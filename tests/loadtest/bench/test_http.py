@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from engine.errors import TokenizerError
 from loadtest.bench import http
 from loadtest.bench.commands import app
+from loadtest.errors import Unmeasurable
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -38,3 +41,15 @@ async def test_a_stream_that_is_cut_off_counts_for_nothing() -> None:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(RuntimeError, match="ended after 1"):
             await http._follow(port, 2)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"no tokenizer.tiktoken in it"):
+        CliRunner().invoke(app, ["http", "--model", str(tmp_path)], catch_exceptions=False)
+
+
+async def test_processes_that_never_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "START_SECONDS", 0.2)
+    late = pytest.raises(Unmeasurable, match=r"not ready after 0\.2 s")
+    with socket.create_server(("127.0.0.1", 0)) as listener, late:
+        await http._until_ready(listener.getsockname()[1], 1)
