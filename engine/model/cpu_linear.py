@@ -62,7 +62,9 @@ class WeightMemory:
         """The same contiguous tensor here. What is not used of a chunk costs nothing."""
         size = -(-tensor.nbytes // 64) * 64  # the next one begins at a cache line
         if self._chunk is None or self._used + size > len(self._chunk):
-            self._chunk = mmap.mmap(-1, max(size, self.CHUNK_BYTES))
+            # Private: shared memory gets no such pages, unless an administrator says so.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._chunk = mmap.mmap(-1, max(size, self.CHUNK_BYTES), flags)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._chunk.madvise(mmap.MADV_HUGEPAGE)
             self._used = 0
