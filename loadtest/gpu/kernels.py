@@ -1,0 +1,273 @@
+"""Every kernel against float64 and against itself, over shapes and types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.config import Activation, ModelConfig
+from engine.execution.device_sampler import DeviceSampler, SamplingTensors
+from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
+from engine.model.attention.reference import ReferenceBackend
+from engine.model.attention.triton import WIDE_TILES, TritonBackend
+from engine.model.cuda_layers import WIDE_TILES as PRODUCT_TILES
+from engine.model.cuda_layers import TritonNorm, TritonProduct
+from engine.model.profiles import ProfileTables
+from engine.scaling import UNSCALED, RopeScaling
+from loadtest.gpu.report import Report
+from loadtest.gpu.scale import Scale, close, same
+
+Chunk = tuple[int, int, int]
+"""A sequence, and its positions first .. end - 1."""
+
+
+class Case:
+    """Random sequences over pages in random places, and steps that compute parts of them."""
+
+    def __init__(
+        self,
+        scale: Scale,
+        head_dim: int,
+        rotary_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        scalings: Sequence[RopeScaling] = (UNSCALED,),
+    ) -> None:
+        width = scale.num_heads * head_dim
+        self.config = ModelConfig(
+            vocab_size=8,
+            padded_vocab_size=8,
+            num_layers=1,
+            num_heads=scale.num_heads,
+            hidden_size=width,
+            intermediate_size=8,
+            max_position=512,
+            rotary_dim=rotary_dim,
+        )
+        self.device, self.size, self.scalings = scale.device, block_size, scalings
+        generator = torch.Generator().manual_seed(0)
+        self.qkv = [torch.randn(n, 3 * width, generator=generator).to(dtype) for n in scale.lengths]
+        counts = [-(-n // block_size) for n in scale.lengths]
+        self.num_blocks = sum(counts) + 1
+        self.tables = torch.randperm(sum(counts), generator=generator).split(counts)  # type: ignore[no-untyped-call]  # torch has no types here
+
+    def backend(self, make: type[ReferenceBackend] | partial[TritonBackend]) -> AttentionBackend:
+        """Over zeroed pages; the reference's are on the CPU."""
+        device = "cpu" if make is ReferenceBackend else self.device
+        cache = KVCache.allocate(
+            self.config,
+            self.num_blocks,
+            self.size,
+            self.qkv[0].dtype,
+            device,
+            dimensions_last=True,
+        )
+        rows = ProfileTables(self.config, self.size, num_rows=len(self.scalings), device=device)
+        backend = make(self.config, rows, cache)
+        for row, scaling in enumerate(self.scalings):
+            backend.put_profile(row, scaling, self.config.max_position)
+        return backend
+
+    def whole(self) -> list[Chunk]:
+        """All rows in one step."""
+        return [(seq, 0, len(rows)) for seq, rows in enumerate(self.qkv)]
+
+    def run(self, backend: AttentionBackend, steps: Sequence[Sequence[Chunk]]) -> Tensor:
+        """Outputs of all rows in order, on the CPU, however they were cut."""
+        out = [torch.empty_like(rows[:, : self.config.hidden_size]) for rows in self.qkv]
+        for chunks in steps:
+            rows = torch.cat([self.qkv[seq][first:end] for seq, first, end in chunks])
+            device = backend.cache.keys[0].device
+            done = backend.forward(0, rows.to(device), self.metadata(chunks, device)).cpu()
+            sizes = [end - first for _, first, end in chunks]
+            for (seq, first, end), part in zip(chunks, torch.split(done, sizes), strict=True):
+                out[seq][first:end] = part
+        return torch.cat(out)
+
+    def metadata(self, chunks: Sequence[Chunk], device: torch.device) -> AttentionMetadata:
+        """Where the rows of a step stand; sequences take the profiles in turn."""
+        size = self.size
+        counts = [-(-end // size) for _, _, end in chunks]
+        tables = torch.zeros(len(chunks), max(counts), dtype=torch.int32)
+        bases = torch.zeros_like(tables)
+        starts: list[int] = [0]
+        positions: list[int] = []
+        slots: list[int] = []
+        for row, ((seq, first, end), count) in enumerate(zip(chunks, counts, strict=True)):
+            tables[row, :count] = self.tables[seq][:count]
+            bases[row, :count] = torch.arange(count) * size
+            starts.append(starts[-1] + end - first)
+            positions += range(first, end)
+            slots += [int(self.tables[seq][p // size]) * size + p % size for p in range(first, end)]
+
+        def int32(values: Sequence[int] | Tensor) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.int32).to(device)
+
+        return AttentionMetadata(
+            query_start=int32(starts),
+            positions=int32(positions),
+            slot_mapping=torch.tensor(slots, dtype=torch.int64).to(device),
+            block_tables=int32(tables),
+            bases=int32(bases),
+            num_blocks=int32(counts),
+            profiles=int32([seq % len(self.scalings) for seq, _, _ in chunks]),
+        )
+
+
+JOINED = partial(TritonBackend, num_processors=0)
+SPLIT = partial(TritonBackend, num_processors=10**6)
+
+
+def attention_agrees(case: Case) -> str:
+    """One program a tile and one a page, against float64; the pages to the bit."""
+    reference = case.backend(ReferenceBackend)
+    expected = case.run(reference, [case.whole()])
+    words = []
+    for make in (JOINED, SPLIT):
+        backend = case.backend(make)
+        words.append(close(case.run(backend, [case.whole()]), expected))
+        same(backend.cache.keys[0].cpu(), reference.cache.keys[0], "pages of keys")
+        same(backend.cache.values[0].cpu(), reference.cache.values[0], "pages of values")
+    return words[0]
+
+
+def attention_is_exact(case: Case) -> str:
+    """Whole, chunked, token by token, alone and together, joined and split: the same bits."""
+    whole = [case.whole()]
+    expected = case.run(case.backend(JOINED), whole)
+    same(case.run(case.backend(SPLIT), whole), expected, "split by pages")
+    longest = max(range(len(case.qkv)), key=lambda seq: len(case.qkv[seq]))
+    others = [chunk for chunk in case.whole() if chunk[0] != longest]
+    length = len(case.qkv[longest])
+    third = max(1, length // 3)
+    plans = {
+        "chunks": [
+            [(longest, 0, third), *others],
+            [(longest, third, third + 1)],
+            [(longest, third + 1, length)],
+        ],
+        "a token at a time": [
+            others,
+            [(longest, 0, third)],
+            *([(longest, at, at + 1)] for at in range(third, length)),
+        ],
+    }
+    for name, plan in plans.items():
+        same(case.run(case.backend(JOINED), plan), expected, name)
+    return f"{len(expected)} rows, no bit differs"
+
+
+def wide_tiles(scale: Scale, dtype: torch.dtype) -> str:
+    """Not a matter of right or wrong: which tiles for prompts give the narrow one's bits."""
+    case = Case(scale, 64 if scale.device != "cpu" else 32, 32, scale.block_sizes[-1], dtype)
+    expected = case.run(case.backend(JOINED), [case.whole()])
+    found = []
+    for tile in WIDE_TILES:
+        wide = case.run(case.backend(partial(JOINED, wide=tile)), [case.whole()])
+        close(wide, expected)
+        found.append(f"{tile.rows} rows by {tile.num_warps} warps: {torch.equal(wide, expected)}")
+    return "; ".join(found)
+
+
+def product_agrees(
+    scale: Scale, shape: tuple[int, int], dtype: torch.dtype, activation: Activation | None
+) -> str:
+    """Against float64; and every number of rows gives the bits of all rows."""
+    inputs, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(inputs, outputs).requires_grad_(False)
+    linear.weight.copy_(torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs))
+    linear.bias.copy_(torch.randn(outputs, generator=generator))
+    linear = linear.to(dtype)
+    rows = torch.randn(max(scale.num_rows), inputs, generator=generator).to(dtype)
+    expected = F.linear(rows.double(), linear.weight.double(), linear.bias.double())
+    if activation == "gelu":
+        expected = F.gelu(expected)
+    placed = linear.to(scale.device)
+    tried = () if scale.device == "cpu" else PRODUCT_TILES
+    served = TritonProduct(placed, activation, TritonProduct(placed, None).find_wide(tried))
+    rows = rows.to(scale.device)
+    whole = served(rows)
+    word = close(whole, expected)
+    for count in scale.num_rows:
+        same(served(rows[-count:]), whole[-count:], f"{count} rows")
+    tile = served.wide
+    return f"{word}; many rows: {tile.rows} x {tile.out} by {tile.num_warps} warps"
+
+
+def norm_agrees(scale: Scale, dtype: torch.dtype) -> str:
+    """LayerNorm and RMSNorm against float64, and one row against many."""
+    words = []
+    for kind in (nn.LayerNorm, nn.RMSNorm):
+        norm = kind(100, 1e-5, dtype=dtype).requires_grad_(False)
+        rows = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+        shape, weight = (100,), norm.weight.double()
+        if isinstance(norm, nn.LayerNorm):
+            expected = F.layer_norm(rows.double(), shape, weight, norm.bias.double(), norm.eps)
+        else:
+            expected = F.rms_norm(rows.double(), shape, weight, norm.eps)
+        served, rows = TritonNorm(norm.to(scale.device)), rows.to(scale.device)
+        whole = served(rows)
+        words.append(close(whole, expected))
+        same(served(rows[3:4]), whole[3:4], "one row")
+    return "; ".join(words)
+
+
+def sampler_draws(scale: Scale) -> str:
+    """Frequencies over many seeds against the softmax; filters keep what they must."""
+    logits = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -9.0])
+    count, size = scale.draws, len(logits)
+    rows = logits.repeat(count, 1).to(scale.device)
+    params = SamplingTensors.greedy(count, scale.device)
+    params.seed.copy_(torch.arange(count))
+    params.temperature.fill_(1.0)
+
+    def frequencies() -> Tensor:
+        tokens = torch.zeros(count, dtype=torch.int32, device=scale.device)
+        DeviceSampler(size, device=scale.device).sample(rows, params, tokens)
+        return torch.bincount(tokens.cpu(), minlength=size).double()
+
+    expected = logits.double().softmax(0) * count
+    square = float(((frequencies() - expected) ** 2 / expected).sum())
+    # 11 degrees of freedom: 50 is exceeded once in 1.6 million times.
+    assert square < 50, f"chi-squared is {square:.1f}"
+    params.top_k.fill_(2)  # the second and the third are tied: three are kept
+    assert frequencies()[3:].sum() == 0, "top_k 2 let a fourth token through"
+    params.top_k.fill_(0)
+    params.top_p.fill_(0.3)
+    assert frequencies()[1:].sum() == 0, "top_p 0.3 let a second token through"
+    params.temperature.fill_(0.0)
+    assert frequencies()[0] == count, "temperature 0 is not greedy"
+    return f"chi-squared {square:.1f} over {count} draws"
+
+
+def check_kernels(report: Report, scale: Scale) -> None:
+    """Everything, one after the other."""
+    for dtype, (head_dim, rotary_dim), size in product(
+        scale.dtypes, scale.heads, scale.block_sizes
+    ):
+        # Compiling takes most of the time: every page size in the type that is served only.
+        if dtype != torch.bfloat16 and size != scale.block_sizes[-1]:
+            continue
+        case = Case(scale, head_dim, rotary_dim, size, dtype)
+        name = f"{dtype}, head {head_dim}, rotary {rotary_dim}, page {size}".replace("torch.", "")
+        report.check(f"attention: {name}", partial(attention_agrees, case))
+        report.check(f"attention's bits: {name}", partial(attention_is_exact, case))
+    xpos = (UNSCALED, RopeScaling(type="xpos"), RopeScaling(type="yarn", factor=4.0))
+    head_dim, rotary_dim = scale.heads[0]
+    for dtype in scale.dtypes:
+        case = Case(scale, head_dim, rotary_dim, scale.block_sizes[0], dtype, xpos)
+        report.check(f"attention by profiles: {dtype}", partial(attention_agrees, case))
+        report.check(f"wide tiles: {dtype}", partial(wide_tiles, scale, dtype))
+        report.check(f"norms: {dtype}", partial(norm_agrees, scale, dtype))
+        for shape in scale.products:
+            activation: Activation | None = "gelu" if shape[1] > shape[0] else None
+            work = partial(product_agrees, scale, shape, dtype, activation)
+            report.check(f"product {shape[0]} to {shape[1]}: {dtype}", work)
+    report.check("sampler", partial(sampler_draws, scale))
