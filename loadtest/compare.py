@@ -98,7 +98,8 @@ def compare_http(
     progress: Progress,
     measured_all: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """All servers run all the time; one works at a time. measured_all: called while they run."""
+    """All servers are there all the time, and paused but for the one that works. measured_all:
+    called before they end."""
     rates: dict[int, dict[str, list[float]]] = {
         count: {peer.name: [] for peer in peers} for count in each.streams
     }
@@ -107,15 +108,20 @@ def compare_http(
     }
     task = progress.add_task("http", total=(each.repeats + 1) * len(each.streams) * len(peers))
     with ExitStack() as stack:
-        reached: list[tuple[str, Reached]] = [
-            (peer.name, stack.enter_context(peer.serve())) for peer in peers
-        ]
+        reached: list[tuple[str, Reached]] = []
+        for peer in peers:
+            reached.append((peer.name, stack.enter_context(peer.serve())))
+            server = reached[-1][1].server
+            stack.callback(server.resume)  # else it could not end
+            server.pause()
         for repeat in range(each.repeats + 1):
             for streams in each.streams:
                 workload = each.workload(streams, sizes.vocab_size)
-                for name, server in rotated(reached, repeat):
-                    run = run_http(server.url, workload, repeat, server.dialect)
+                for name, one in rotated(reached, repeat):
+                    one.server.resume()
+                    run = run_http(one.server.url, workload, repeat, one.dialect)
                     measured = asyncio.run(run)
+                    one.server.pause()
                     if repeat:  # the first run warms up
                         rates[streams][name].append(measured.tokens_per_s)
                         first = statistics.median(measured.first_token_s)

@@ -40,12 +40,26 @@ class Server:
     process: subprocess.Popen[bytes]
     ready_s: float
 
+    def processes(self) -> list[psutil.Process]:
+        """It and all that it started."""
+        first = psutil.Process(self.process.pid)
+        return [first, *first.children(recursive=True)]
+
+    def pause(self) -> None:
+        """Let it take no more of the machine until resume()."""
+        for each in self.processes():
+            each.suspend()
+
+    def resume(self) -> None:
+        """It goes on; no harm where it was not paused, or has ended."""
+        with suppress(psutil.NoSuchProcess):
+            for each in self.processes():
+                each.resume()
+
     def peak_bytes(self) -> int | None:
         """The most memory that each of its processes has held, together; None but on Linux."""
-        processes = [psutil.Process(self.process.pid)]
-        processes += processes[0].children(recursive=True)
         total = 0
-        for each in processes:
+        for each in self.processes():
             try:
                 status = Path(f"/proc/{each.pid}/status").read_text()
             except FileNotFoundError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from loadtest.client import Dialect
+from loadtest.servers import Server
 from loadtest.workload import Workload
 
 Peer = TypeVar("Peer")
@@ -40,9 +41,9 @@ class Offline(Protocol):
 
 @dataclass(frozen=True)
 class Reached:
-    """A server that runs: where, and how it is spoken to."""
+    """A server that runs, and how it is spoken to."""
 
-    url: str
+    server: Server
     dialect: Dialect
 
 

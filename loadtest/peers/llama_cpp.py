@@ -74,4 +74,4 @@ class LlamaServer:
         command = [*self._command, "--host", "127.0.0.1", "--port", str(port)]
         log = self._gguf.with_suffix(".log")
         with started(command, port, "/health", log) as server:
-            yield Reached(server.url, LlamaCpp())
+            yield Reached(server, LlamaCpp())

@@ -47,4 +47,4 @@ class OursServing:
     def serve(self) -> Iterator[Reached]:
         """See Serving."""
         with ropeway(self._model, *self._options) as server:
-            yield Reached(server.url, ROPEWAY)
+            yield Reached(server, ROPEWAY)

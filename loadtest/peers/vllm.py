@@ -46,4 +46,4 @@ class VllmServing:
         within = ["sh", "-c", WITHIN, str(self._binary.parent), "env", *settings]
         log = self._neox.with_name("vllm.log")
         with started([*within, *command], port, "/health", log) as server:
-            yield Reached(server.url, OpenAI("model"))
+            yield Reached(server, OpenAI("model"))
