@@ -159,7 +159,7 @@ def _rows(
 
 
 def compare(each: Comparison, what: Sequence[What], tools: Tools) -> dict[str, Any]:
-    """Measure all that was asked for. Raises Unmeasurable or RopewayError."""
+    """Measure all that was asked for. Raises RopewayError."""
     sizes = Sizes.of(each.model, each.dtype)
     longest = max(each.context - 1, each.prefill_tokens)
     if longest > sizes.max_position:
@@ -287,7 +287,7 @@ def main(
     )
     try:
         content = compare(each, what, tools)
-    except (Unmeasurable, RopewayError) as error:
+    except RopewayError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(1) from error
     report(content, COLUMNS, json_file)

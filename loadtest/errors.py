@@ -1,5 +1,11 @@
 """What ends a measurement."""
 
+from __future__ import annotations
 
-class Unmeasurable(Exception):
+from engine.errors import RopewayError
+
+
+class Unmeasurable(RopewayError):
     """A server that cannot be started or reached, refuses, or does not send what was asked for."""
+
+    code = "unmeasurable"
