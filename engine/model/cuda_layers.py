@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,18 @@ class TritonProduct(Product):
     only where two tiles give the same bits, which is tried and not assumed."""
 
     def __init__(
-        self, linear: nn.Linear, activation: Activation | None, wide: ProductTile | None = None
+        self,
+        linear: nn.Linear,
+        activation: Activation | None,
+        wide: ProductTile | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
-        """wide: the tile for many rows; None: the narrow one. See `find_wide`."""
+        """wide: the tile for many rows; None: the narrow one. See `find_wide`. out_dtype: None:
+        that of the rows."""
         self._weight = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._activation = activation
+        self._out_dtype = out_dtype or self._weight.dtype
         self._out_features, self._in_features = self._weight.shape
         self.narrow = narrow_tile(self._out_features)
         self.wide = wide or self.narrow
@@ -89,7 +96,8 @@ class TritonProduct(Product):
     def compute(self, rows: Tensor, tile: ProductTile, residual: Tensor | None = None) -> Tensor:
         """The product by a given tile."""
         rows = rows.contiguous()
-        out = torch.empty((len(rows), self._out_features), dtype=rows.dtype, device=rows.device)
+        shape = (len(rows), self._out_features)
+        out = torch.empty(shape, dtype=self._out_dtype, device=rows.device)
         grid = (-(-len(rows) // tile.rows), -(-self._out_features // tile.out))
         product_kernels.product[grid](
             rows,
@@ -182,16 +190,19 @@ def serve_norm(norm: nn.Module) -> nn.Module:
 
 def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
     """Replace blocks, last norm and head of a loaded model, in place; it can no longer be trained.
+    Its logits are float32.
 
     wide: tiles to try for many rows, once for each shape of weight.
     """
-    found: dict[tuple[int, int], ProductTile] = {}
+    found: dict[tuple[int, int, torch.dtype], ProductTile] = {}
 
-    def make_product(linear: nn.Linear, activation: Activation | None) -> TritonProduct:
-        shape = (linear.in_features, linear.out_features)
-        if shape not in found:
-            found[shape] = TritonProduct(linear, None).find_wide(wide)
-        return TritonProduct(linear, activation, found[shape])
+    def make_product(
+        linear: nn.Linear, activation: Activation | None, out_dtype: torch.dtype | None = None
+    ) -> TritonProduct:
+        key = (linear.in_features, linear.out_features, out_dtype or linear.weight.dtype)
+        if key not in found:
+            found[key] = TritonProduct(linear, None, None, out_dtype).find_wide(wide)
+        return TritonProduct(linear, activation, found[key], out_dtype)
 
     for at, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -200,4 +211,6 @@ def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
                 setattr(block.qk_norm, name, serve_norm(norm))
         model.blocks[at] = TritonBlock(block, model.config.activation, make_product)
     model.norm = serve_norm(model.norm)
-    model.add_module("head", PackedLinear(model.head, None, make_product))
+    # The likeliest logits of a vocabulary lie closer together than bfloat16 can tell.
+    make_logits = partial(make_product, out_dtype=torch.float32)
+    model.add_module("head", PackedLinear(model.head, None, make_logits))

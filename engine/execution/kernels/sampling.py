@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.execution.kernels.penalties import is_adjusted
+
 NO_TOKEN = tl.constexpr(2**31 - 1)
 NOT_FINITE = tl.constexpr(-1)
 """What stands for a token where the logits are NaN or infinite."""
@@ -58,7 +60,11 @@ def weight(distance, bits, limit):
 @triton.jit
 def sample(
     logits,
+    adjusted,
     allowed,
+    present,
+    penalties,
+    num_biases,
     temperatures,
     top_ks,
     top_ps,
@@ -66,13 +72,19 @@ def sample(
     seeds,
     indices,
     choices,
-    tokens,
+    sampled,
     logits_stride,
+    sampled_stride,
     vocab_size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A token for each row, int32; NOT_FINITE where there is none. grid (num_rows,)."""
+    """A token for each row that is present, int32; NOT_FINITE where there is none. Rows with
+    biases or penalties are read from `adjusted`. grid (num_rows,)."""
     row = tl.program_id(0)
+    if tl.load(present + row) == 0:
+        return
+    to = sampled + row * sampled_stride
+    logits = tl.where(is_adjusted(present, penalties, num_biases, row), adjusted, logits)
     logits += row.to(tl.int64) * logits_stride
     best = tl.full([], float("-inf"), tl.float32)
     token = tl.full([], NO_TOKEN, tl.int32)
@@ -87,11 +99,11 @@ def sample(
         token = tl.where(highest > best, first, token)
         best = tl.maximum(best, highest)
     if (wrong != 0) | (best == float("-inf")):
-        tl.store(tokens + row, NOT_FINITE)
+        tl.store(to, NOT_FINITE)
         return
     temperature = tl.load(temperatures + row)
     if temperature == 0.0:
-        tl.store(tokens + row, token)
+        tl.store(to, token)
         return
 
     limit = tl.full([], INFINITY_BITS - 1, tl.int32)
@@ -147,4 +159,4 @@ def sample(
         last = tl.maximum(last, tl.max(tl.where(each > 0.0, at, 0), 0))
         mass += tl.sum(each, 0)
     # Rounding may leave the target beyond the last sum: then it is the last token that counts.
-    tl.store(tokens + row, tl.where(chosen == NO_TOKEN, last, chosen))
+    tl.store(to, tl.where(chosen == NO_TOKEN, last, chosen))
