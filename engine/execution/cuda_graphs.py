@@ -162,7 +162,7 @@ class DecodeStep:
             sampling.penalties,
             sampling.counts,
             WIDTH,
-            vocab_size=self._sampler.vocab_size,
+            counts_width=sampling.counts.shape[1],
             not_run=NOT_RUN,
             num_warps=1,
         )

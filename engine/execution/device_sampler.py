@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.execution.kernels import logprobs as logprob_kernels
 from engine.execution.kernels import penalties as penalty_kernels
 from engine.execution.kernels import sampling as kernels
-from engine.execution.sampling_tensors import SamplingTensors
+from engine.execution.sampling_tensors import SamplingTensors, counts_width
 from engine.messages import TokenLogprobs
 from engine.model.kernels.common import next_power_of_2
 from engine.params import MAX_LOGPROBS
@@ -49,8 +49,8 @@ class DeviceSampler:
         device: torch.device | str = "cuda",
     ) -> None:
         """vocab_size: ids at or above it are never sampled, nor are the unused ones."""
-        self.vocab_size = vocab_size
-        self._allowed = torch.ones(vocab_size, dtype=torch.int8, device=device)
+        self._allowed = torch.zeros(counts_width(vocab_size), dtype=torch.int8, device=device)
+        self._allowed[:vocab_size] = 1
         self._allowed[list(unused_token_ids)] = 0
 
     def sample(self, logits: Tensor, params: SamplingTensors, sampled: Tensor) -> None:
@@ -66,12 +66,11 @@ class DeviceSampler:
         adjusted = torch.empty_strided(
             logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
         )
-        shape = {
-            "vocab_size": self.vocab_size,
-            "block": min(BLOCK, next_power_of_2(self.vocab_size)),
-        }
+        vocab_size = min(len(self._allowed), logits.shape[1])
+        block = min(BLOCK, next_power_of_2(vocab_size))
+        shape = {"vocab_size": vocab_size, "block": block}
         options = {"num_warps": 8, "enable_fp_fusion": False}
-        penalty_kernels.adjust[(num_rows, -(-self.vocab_size // shape["block"]))](
+        penalty_kernels.adjust[(num_rows, -(-vocab_size // block))](
             logits,
             adjusted,
             params.present,
@@ -82,6 +81,7 @@ class DeviceSampler:
             params.bias_values,
             logits.stride(0),
             params.bias_ids.stride(0),
+            counts_width=len(self._allowed),
             **shape,
             **options,
         )

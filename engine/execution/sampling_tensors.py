@@ -16,6 +16,15 @@ from engine.params import MAX_BIASES
 from engine.request import Request
 
 
+ALIGNMENT = 16
+"""Of the tokens of a row, so that several are read at once."""
+
+
+def counts_width(vocab_size: int) -> int:
+    """The least number of tokens that is aligned and not below vocab_size."""
+    return -(-vocab_size // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class SamplingTensors:
     """What the tokens of rows depend on, each [num_rows] or [num_rows, width].
@@ -26,8 +35,8 @@ class SamplingTensors:
     index int32          the stream index of the token
     choice int32
     penalties float32    [num_rows, 3]: repetition, frequency, presence
-    counts int32         [num_rows, vocab_size], read of rows with a penalty only: twice how often
-                         the output has a token, and one more where the prompt has it
+    counts int32         [num_rows, counts_width(vocab_size)], read of rows with a penalty only:
+                         twice how often the output has a token, and one more where the prompt has it
     num_biases int32, bias_ids int32, bias_values float32
                          what is added to the logits of which tokens; the last two are as wide as
                          the most biases of a row, or wider
@@ -75,7 +84,7 @@ class SamplingTensors:
             index=full(0, torch.int32),
             choice=full(0, torch.int32),
             penalties=penalties,
-            counts=full(0, torch.int32, vocab_size),
+            counts=full(0, torch.int32, counts_width(vocab_size)),
             num_biases=full(0, torch.int32),
             bias_ids=full(0, torch.int32, max_biases),
             bias_values=full(0.0, torch.float32, max_biases),
@@ -131,7 +140,7 @@ class SamplingTensors:
         }
         places, values = _counts(requests, vocab_size)
         where, what, *contents = upload([places, values, *arrays.values()], device)
-        width = vocab_size if len(places) else 0
+        width = counts_width(vocab_size) if len(places) else 0
         counts = torch.zeros((len(requests), width), dtype=torch.int32, device=device)
         counts.view(-1)[where] = what
         return cls(counts=counts, **dict(zip(arrays, contents, strict=True)))
@@ -168,6 +177,6 @@ def _counts(
         count = 2 * np.bincount(numbers[len(prompt) :], minlength=len(ids))
         count[numbers[: len(prompt)]] |= 1
         known_ids = ids < vocab_size
-        places.append(row * vocab_size + ids[known_ids])
+        places.append(row * counts_width(vocab_size) + ids[known_ids])
         values.append(count[known_ids].astype(np.int32))
     return np.concatenate(places), np.concatenate(values)

@@ -53,6 +53,7 @@ def adjust(
     bias_values,
     logits_stride,
     bias_stride,
+    counts_width: tl.constexpr,
     vocab_size: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -65,7 +66,7 @@ def adjust(
     biases = tl.load(num_biases + row)
     logits += row * logits_stride
     adjusted += row * logits_stride
-    counts += row * vocab_size
+    counts += row * counts_width
     start = tl.program_id(1) * block
     at = start + tl.arange(0, block)
     inside = at < vocab_size
@@ -80,16 +81,16 @@ def adjust(
             place = row * bias_stride + number
             token = tl.load(bias_ids + place, mask=number < biases, other=-1)
             here = (token >= start) & (token < start + block)
-            x = tl.load(logits + token, mask=here, other=0.0)
-            x += tl.load(bias_values + place, mask=here, other=0.0)
+            biased = tl.load(logits + token, mask=here, other=0.0)
+            biased += tl.load(bias_values + place, mask=here, other=0.0)
             if has_penalty:
-                x = penalised(x, counts + token, here, penalties, row)
-            tl.store(adjusted + token, x, mask=here)
+                biased = penalised(biased, counts + token, here, penalties, row)
+            tl.store(adjusted + token, biased, mask=here)
 
 
 @triton.jit
-def count_token(counts, token, penalties, row, mask, vocab_size: tl.constexpr):
+def count_token(counts, token, penalties, row, mask, counts_width: tl.constexpr):
     """One more of a token in a row's output, where the row has a penalty."""
     mask = mask & is_penalised(penalties, row)
-    place = counts + row.to(tl.int64) * vocab_size + token
+    place = counts + row.to(tl.int64) * counts_width + token
     tl.store(place, tl.load(place, mask=mask, other=0) + 2, mask=mask)

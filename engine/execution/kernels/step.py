@@ -37,7 +37,7 @@ def advance(
     penalties,
     counts,
     sampled_stride,
-    vocab_size: tl.constexpr,
+    counts_width: tl.constexpr,
     not_run: tl.constexpr,
 ):
     """Each row that was present moves on to the token that it got; the others' is not_run. A token
@@ -51,4 +51,4 @@ def advance(
     tl.store(sampled, not_run, mask=there == 0)
     tl.store(positions + row, tl.load(positions + row) + 1, mask=there)
     tl.store(indices + row, tl.load(indices + row) + 1, mask=there)
-    count_token(counts, token, penalties, row, taken, vocab_size)
+    count_token(counts, token, penalties, row, taken, counts_width)

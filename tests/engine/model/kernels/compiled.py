@@ -13,6 +13,8 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engine.execution.kernels.logprobs import logprobs
+from engine.execution.kernels.penalties import adjust
 from engine.execution.kernels.sampling import sample
 from engine.execution.kernels.step import advance, begin
 from engine.model.kernels.attention import attend, combine, store
@@ -21,12 +23,13 @@ from engine.model.kernels.product import product
 
 ASSEMBLER = Path(nvidia.__file__).parent / "bin" / "ptxas"
 TYPES = {
-    "*bf16": "qkv out keys values rows weight bias residual logits",
-    "*fp32": "part_out part_best part_total temperatures min_ps",
+    "*bf16": "qkv out keys values rows weight bias residual",
+    "*fp32": "part_out part_best part_total temperatures min_ps logits adjusted "
+    "penalties bias_values",
     "*fp64": "top_ps",
     "*i64": "slot_mapping tables seeds slots token_ids",
     "*i32": "tile_seq tile_start query_start positions block_tables bases num_blocks row_seq "
-    "profiles top_ks indices choices tokens counts sampled",
+    "profiles top_ks indices choices present counts sampled num_biases bias_ids num_logprobs",
     "*i8": "allowed",
     "fp32": "scale eps",
 }
@@ -40,6 +43,7 @@ SHAPE = {
 }
 ROTATION = {"num_kv_heads": 12, "half": 16, "half_pad": 16, "rest_pad": 32}
 TILE = {"tile_rows": 16, "tile_out": 32, "tile_in": 128}
+VOCABULARY = {"vocab_size": 50272, "block": 4096, "counts_width": 50272}
 KERNELS = {
     "store": (store, {**SHAPE, **ROTATION, "head_tile": 16}, 4),
     "attend": (attend, {**SHAPE, **ROTATION, "tile_rows": 16, "split": False}, 1),
@@ -57,9 +61,11 @@ KERNELS = {
         | {"emulated": False},
         4,
     ),
-    "sample": (sample, {"vocab_size": 50257, "block": 4096}, 8),
+    "adjust": (adjust, VOCABULARY, 8),
+    "sample": (sample, VOCABULARY, 8),
+    "logprobs": (logprobs, {**VOCABULARY, "most": 20}, 8),
     "begin": (begin, {"block_size": 64}, 1),
-    "advance": (advance, {"not_run": -2}, 1),
+    "advance": (advance, {"counts_width": 50272, "not_run": -2}, 1),
 }
 
 
