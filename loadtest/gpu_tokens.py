@@ -84,12 +84,15 @@ def agrees_with_a_recompute(scale: Scale, make_recorder: MakeRecorder) -> str:
 
 
 def some_requests(scale: Scale) -> list[Wanted]:
-    """Greedy, drawn, filtered, and one whose tokens the host must choose."""
+    """Greedy, drawn, filtered; with penalties, with biases; told of their log-probabilities."""
     kinds = (
         GREEDY,
         SamplingParams(temperature=0.8, seed=1),
         SamplingParams(temperature=1.2, top_k=20, top_p=0.9, min_p=0.02, seed=2**63 + 5),
         SamplingParams(temperature=1.0, frequency_penalty=0.3, seed=3),
+        SamplingParams(
+            temperature=0.0, repetition_penalty=1.3, logit_bias={3: 2.0, 5: -9.0}, logprobs=2
+        ),
     )
     prompts = random_prompts(scale, len(kinds))
     return [

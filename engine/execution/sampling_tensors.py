@@ -15,7 +15,6 @@ from engine.execution.transfer import upload
 from engine.params import MAX_BIASES
 from engine.request import Request
 
-
 ALIGNMENT = 16
 """Of the tokens of a row, so that several are read at once."""
 
@@ -36,7 +35,7 @@ class SamplingTensors:
     choice int32
     penalties float32    [num_rows, 3]: repetition, frequency, presence
     counts int32         [num_rows, counts_width(vocab_size)], read of rows with a penalty only:
-                         twice how often the output has a token, and one more where the prompt has it
+                         twice how often the output has a token, and 1 if the prompt has it
     num_biases int32, bias_ids int32, bias_values float32
                          what is added to the logits of which tokens; the last two are as wide as
                          the most biases of a row, or wider
@@ -92,9 +91,7 @@ class SamplingTensors:
         )
 
     @classmethod
-    def vacant(
-        cls, num_rows: int, vocab_size: int, device: torch.device | str
-    ) -> SamplingTensors:
+    def vacant(cls, num_rows: int, vocab_size: int, device: torch.device | str) -> SamplingTensors:
         """Rows for whoever comes."""
         return cls.greedy(num_rows, device, vocab_size=vocab_size, max_biases=MAX_BIASES)
 
@@ -154,9 +151,8 @@ class SamplingTensors:
         tokens. Rows, of and tokens are int64 on the device, tokens not below 0."""
         for name, target in vars(self).items():
             content: Tensor = getattr(other, name)
-            if content.ndim == 2:
-                target = target[:, : content.shape[1]]
-            target[rows] = content[of]
+            narrow = target[:, : content.shape[1]] if content.ndim == 2 else target
+            narrow[rows] = content[of]
         self.index[rows] += 1
         if other.counts.shape[1]:
             self.counts[rows, tokens] += 2
@@ -171,12 +167,10 @@ def _counts(
     for row, request in enumerate(requests):
         if not has_penalty(request):
             continue
-        known = np.array(request.token_ids, np.int64)
-        prompt, output = np.split(known, [request.num_prompt_tokens])
-        ids, numbers = np.unique(known, return_inverse=True)
-        count = 2 * np.bincount(numbers[len(prompt) :], minlength=len(ids))
-        count[numbers[: len(prompt)]] |= 1
-        known_ids = ids < vocab_size
-        places.append(row * counts_width(vocab_size) + ids[known_ids])
-        values.append(count[known_ids].astype(np.int32))
+        ids, numbers = np.unique(np.array(request.token_ids, np.int64), return_inverse=True)
+        count = 2 * np.bincount(numbers[request.num_prompt_tokens :], minlength=len(ids))
+        count[numbers[: request.num_prompt_tokens]] += 1  # however often it is there
+        within = ids < vocab_size
+        places.append(row * counts_width(vocab_size) + ids[within])
+        values.append(count[within].astype(np.int32))
     return np.concatenate(places), np.concatenate(values)

@@ -9,9 +9,7 @@ from engine.execution.kernels.sampling import NO_TOKEN, read
 
 
 @triton.jit
-def highest(
-    logits, allowed, value, token, vocab_size: tl.constexpr, block: tl.constexpr
-):
+def highest(logits, allowed, value, token, vocab_size: tl.constexpr, block: tl.constexpr):
     """The likeliest of the tokens behind (value, token) in the order of falling logits, equal ones
     in the order of their ids; and its logit."""
     best = tl.full([], float("-inf"), tl.float32)

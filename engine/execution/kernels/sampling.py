@@ -58,6 +58,72 @@ def weight(distance, bits, limit):
 
 
 @triton.jit
+def limit_by_number(
+    logits,
+    allowed,
+    best,
+    temperature,
+    top_k,
+    limit,
+    vocab_size: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The least bits such that top_k tokens are within them."""
+    low = tl.full([], 0, tl.int32)
+    for _ in range(BITS):
+        middle = low + (limit - low) // 2
+        count = tl.full([], 0, tl.int32)
+        for start in range(0, vocab_size, block):
+            _distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
+            count += tl.sum((bits <= middle).to(tl.int32), 0)
+        enough = count >= top_k
+        limit = tl.where(enough, middle, limit)
+        low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+    return limit
+
+
+@triton.jit
+def mass_within(
+    logits,
+    allowed,
+    best,
+    temperature,
+    limit,
+    vocab_size: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The sum of the weights up to a limit, float64."""
+    mass = tl.full([], 0.0, tl.float64)
+    for start in range(0, vocab_size, block):
+        distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
+        mass += tl.sum(weight(distance, bits, limit), 0)
+    return mass
+
+
+@triton.jit
+def limit_by_mass(
+    logits,
+    allowed,
+    best,
+    temperature,
+    top_p,
+    limit,
+    vocab_size: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The least bits such that the tokens within them have top_p of the mass within the limit."""
+    needed = top_p * mass_within(logits, allowed, best, temperature, limit, vocab_size, block)
+    low = tl.full([], 0, tl.int32)
+    for _ in range(BITS):
+        middle = low + (limit - low) // 2
+        mass = mass_within(logits, allowed, best, temperature, middle, vocab_size, block)
+        enough = mass >= needed
+        limit = tl.where(enough, middle, limit)
+        low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+    return limit
+
+
+@triton.jit
 def sample(
     logits,
     adjusted,
@@ -109,33 +175,10 @@ def sample(
     limit = tl.full([], INFINITY_BITS - 1, tl.int32)
     top_k = tl.load(top_ks + row)
     if (top_k > 0) & (top_k < vocab_size):
-        low = tl.full([], 0, tl.int32)
-        for _ in range(BITS):
-            middle = low + (limit - low) // 2
-            count = tl.full([], 0, tl.int32)
-            for start in range(0, vocab_size, block):
-                distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
-                count += tl.sum((bits <= middle).to(tl.int32), 0)
-            enough = count >= top_k
-            limit = tl.where(enough, middle, limit)
-            low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+        limit = limit_by_number(logits, allowed, best, temperature, top_k, limit, vocab_size, block)
     top_p = tl.load(top_ps + row)
     if top_p < 1.0:
-        mass = tl.full([], 0.0, tl.float64)
-        for start in range(0, vocab_size, block):
-            distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
-            mass += tl.sum(weight(distance, bits, limit), 0)
-        needed = top_p * mass
-        low = tl.full([], 0, tl.int32)
-        for _ in range(BITS):
-            middle = low + (limit - low) // 2
-            mass = tl.full([], 0.0, tl.float64)
-            for start in range(0, vocab_size, block):
-                distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
-                mass += tl.sum(weight(distance, bits, middle), 0)
-            enough = mass >= needed
-            limit = tl.where(enough, middle, limit)
-            low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+        limit = limit_by_mass(logits, allowed, best, temperature, top_p, limit, vocab_size, block)
 
     # The likeliest token's weight is 1, so min-p needs no maximum.
     min_p = tl.load(min_ps + row).to(tl.float64)

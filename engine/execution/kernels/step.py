@@ -12,7 +12,9 @@ from engine.execution.kernels.penalties import count_token
 
 
 @triton.jit
-def begin(positions, block_tables, num_blocks, slots, present, max_blocks, block_size: tl.constexpr):
+def begin(
+    positions, block_tables, num_blocks, slots, present, max_blocks, block_size: tl.constexpr
+):
     """slots int64: where a row's key and value go, present int32: its pages. grid (num_rows,).
 
     -1 and 0 where nobody is present: no pages, or none for this position.

@@ -34,7 +34,7 @@ PARAMS = [
     SamplingParams(temperature=0.0, frequency_penalty=2.4, presence_penalty=-0.7),
     SamplingParams(presence_penalty=1.5, logit_bias={5: 2.5, 36: -1.0}),
     SamplingParams(temperature=0.0, logit_bias={17: 9.0, 3: 9.5}),
-    SamplingParams(logit_bias={id: id / 7 for id in range(VOCAB)}, repetition_penalty=1.2),
+    SamplingParams(logit_bias={each: each / 7 for each in range(VOCAB)}, repetition_penalty=1.2),
     SamplingParams(top_p=0.8, top_k=9, frequency_penalty=0.3, logit_bias={0: 100.0, 2: -100.0}),
 ]
 

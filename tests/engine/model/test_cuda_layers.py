@@ -40,6 +40,7 @@ def test_a_model_computes_the_same(switches: dict[str, object], dtype: torch.dty
     with torch.inference_mode():
         actual = model.logits(model(token_ids, attention))
         reference = expected.logits(expected(token_ids, attention))
+    assert actual.dtype == torch.float32  # whatever the weights are
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     assert (actual - reference).abs().max() < tolerance * reference.abs().max()
 
