@@ -51,10 +51,12 @@ class SamplesTokens(Protocol):
 
 @dataclass(slots=True)
 class _Row:
-    """A row of DecodeState: its number, and how many pages it knows."""
+    """A row of DecodeState: its number, how many pages it knows, and how many of the likeliest
+    tokens it tells, None where it tells no log-probability."""
 
     number: int
     num_blocks: int
+    num_logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,26 @@ class _Rest:
     on_device: _First | None = None
     on_host: Sequence[Request] = ()
     logits: Download | None = None
+
+
+class _Arrived:
+    """What the device's sampler gave rows, once it is here."""
+
+    def __init__(self, arriving: Download) -> None:
+        self._lines: NDArray[np.int32] = arriving.wait().numpy()
+        self._token_ids: list[int] = self._lines[:, 0].tolist()
+
+    def token(self, row: int, num_logprobs: int | None) -> SampledToken:
+        """The token of a row. Raises FloatingPointError where its logits were not finite: none
+        would be right."""
+        token_id = self._token_ids[row]
+        if token_id == NOT_RUN:
+            raise RuntimeError("a row that was to be computed was out of pages on the device")
+        if token_id < 0:
+            raise FloatingPointError("the model's logits are not finite")
+        if num_logprobs is None:
+            return SampledToken(token_id)
+        return SampledToken(token_id, read_logprobs(self._lines[row], num_logprobs))
 
 
 class GraphRunner:
@@ -156,7 +178,7 @@ class GraphRunner:
         self._leave(step.released)
         asked = {item.request.request_id for item in step.scheduled}
         self._leave([request_id for request_id in self._rows if request_id not in asked])
-        computed = {request_id: row.number for request_id, row in self._rows.items()}
+        computed = dict(self._rows)
         arriving, self._running = self._running, None
         with torch.inference_mode():
             rest = self._compute(
@@ -165,10 +187,11 @@ class GraphRunner:
             self._launch(step.scheduled, rest)
             tokens: dict[str, SampledToken] = {}
             if computed and arriving is not None:
-                lines = arriving.wait().numpy()
-                requests = (item.request for item in step.scheduled)
-                ran = [each for each in requests if each.request_id in computed]
-                tokens = self._tokens(lines[[computed[each.request_id] for each in ran]], ran)
+                arrived = _Arrived(arriving)
+                tokens = {
+                    name: arrived.token(row.number, row.num_logprobs)
+                    for name, row in computed.items()
+                }
             tokens |= self._finish(rest)
         return StepResult(
             [tokens[item.request.request_id] for item in step.scheduled if item.samples],
@@ -204,27 +227,19 @@ class GraphRunner:
         """The tokens of what no graph has computed, by request id."""
         tokens: dict[str, SampledToken] = {}
         if rest.on_device is not None:
-            lines = rest.on_device.arriving.wait().numpy()
-            tokens = self._tokens(lines, rest.on_device.requests)
+            arrived = _Arrived(rest.on_device.arriving)
+            for row, request in enumerate(rest.on_device.requests):
+                tokens[request.request_id] = arrived.token(row, self._told(request))
         if rest.logits is not None:
             sampled = self._eager.sampler.sample(rest.logits.wait(), rest.on_host)
             for request, chosen in zip(rest.on_host, sampled, strict=True):
                 tokens[request.request_id] = chosen
         return tokens
 
-    def _tokens(
-        self, lines: NDArray[np.int32], requests: Sequence[Request]
-    ) -> dict[str, SampledToken]:
-        """What the device's sampler gave requests, [len(requests), WIDTH], by request id."""
-        tokens = {}
-        for request, line, token in zip(requests, lines, lines[:, 0].tolist(), strict=True):
-            _check(token)
-            wanted = request.params.logprobs
-            told = None
-            if wanted is not None:
-                told = read_logprobs(line, min(wanted, self._vocab_size))
-            tokens[request.request_id] = SampledToken(token, told)
-        return tokens
+    def _told(self, request: Request) -> int | None:
+        """How many of the likeliest tokens it is told; None: no log-probability at all."""
+        wanted = request.params.logprobs
+        return None if wanted is None else min(wanted, self._vocab_size)
 
     def _leave(self, request_ids: Iterable[str]) -> None:
         """These are not on the device any more."""
@@ -294,12 +309,5 @@ class GraphRunner:
         self._state.token_ids[at] = tokens
         self._state.sampling.take_over(at, first.params, chosen, tokens)
         for request, number in zip(requests, numbers, strict=True):
-            self._rows[request.request_id] = _Row(number, len(request.block_table))
-
-
-def _check(token_id: int) -> None:
-    """Raises FloatingPointError where the logits were not finite: no token would be right."""
-    if token_id == NOT_RUN:
-        raise RuntimeError("a row that was to be computed was out of pages on the device")
-    if token_id < 0:
-        raise FloatingPointError("the model's logits are not finite")
+            pages = len(request.block_table)
+            self._rows[request.request_id] = _Row(number, pages, self._told(request))
