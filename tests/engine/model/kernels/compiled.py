@@ -21,7 +21,7 @@ from engine.model.kernels.attention import attend, combine, store
 from engine.model.kernels.norm import norm
 from engine.model.kernels.product import product
 
-ASSEMBLER = Path(nvidia.__file__).parent / "bin" / "ptxas"
+ASSEMBLERS = Path(nvidia.__file__).parent / "bin"
 TYPES = {
     "*bf16": "qkv out keys values rows weight bias residual",
     "*fp32": "part_out part_best part_total temperatures min_ps logits adjusted "
@@ -87,17 +87,18 @@ def facts(name: str, capability: int) -> str:
         options={"num_warps": warps, "num_stages": 2, "enable_fp_fusion": False},
     )
     ptx = compiled.asm["ptx"]
-    architecture = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
+    architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    assembler = ASSEMBLERS / ("ptxas" if capability < 100 else "ptxas-blackwell")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(ASSEMBLER), "-v", f"-arch={architecture}", file.name, "-o", "/dev/null"]
+        command = [str(assembler), "-v", f"-arch={architecture}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = re.search(r"\d+ bytes spill stores", said)
     assert spills is not None, said
     return (
         f"{spills.group()}, {len(re.findall(r'fma.rn', ptx))} contractions, "
-        f"{len(re.findall(r'mma.sync|wgmma.mma_async', ptx))} tensor core instructions"
+        f"{len(re.findall(r'mma.sync|wgmma.mma_async|tcgen05.mma', ptx))} tensor core instructions"
     )
 
 
