@@ -83,9 +83,16 @@ class Case:
         """All rows in one step."""
         return [(seq, 0, len(rows)) for seq, rows in enumerate(self.qkv)]
 
-    def run(self, backend: AttentionBackend, steps: Sequence[Sequence[Chunk]]) -> Tensor:
-        """Outputs of all rows in order, on the CPU, however they were cut."""
-        out = [torch.empty_like(rows[:, : self.config.hidden_size]) for rows in self.qkv]
+    def run(
+        self,
+        backend: AttentionBackend,
+        steps: Sequence[Sequence[Chunk]],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Outputs of all rows in order, on the CPU, however they were cut. dtype: None: that of
+        the rows."""
+        width = self.config.hidden_size
+        out = [torch.empty_like(rows[:, :width], dtype=dtype) for rows in self.qkv]
         for chunks in steps:
             rows = torch.cat([self.qkv[seq][first:end] for seq, first, end in chunks])
             device = backend.cache.keys[0].device
@@ -169,13 +176,19 @@ def attention_is_exact(case: Case) -> str:
 
 
 def wide_tiles(scale: Scale, dtype: torch.dtype) -> str:
-    """Not a matter of right or wrong: which tiles for prompts give the narrow one's bits."""
+    """Not a matter of right or wrong: which tiles for prompts give the narrow one's bits, in
+    float32."""
     case = Case(scale, 64 if scale.device != "cpu" else 32, 32, scale.block_sizes[-1], dtype)
-    expected = case.run(case.backend(JOINED), [case.whole()])
-    found = []
+
+    def run(make: partial[TritonBackend]) -> Tensor:
+        backend = case.backend(make)
+        backend.out_dtype = torch.float32
+        return case.run(backend, [case.whole()], torch.float32)
+
+    expected, found = run(JOINED), []
     for tile in WIDE_TILES:
-        wide = case.run(case.backend(partial(JOINED, wide=tile)), [case.whole()])
-        close(wide, expected)
+        wide = run(partial(JOINED, wide=tile))
+        close(wide.to(dtype), expected.to(dtype))
         found.append(f"{tile.rows} rows by {tile.num_warps} warps: {torch.equal(wide, expected)}")
     return "; ".join(found)
 

@@ -69,18 +69,23 @@ class TritonProduct(Product):
         self.wide = wide or self.narrow
 
     def find_wide(self, tiles: Sequence[ProductTile]) -> ProductTile:
-        """The first of the tiles that gives the narrow one's bits, in batches that fill it and that
-        do not; else the narrow one."""
+        """The first of the tiles that gives the narrow one's bits in float32, in batches that fill
+        it and that do not; else the narrow one."""
         if not tiles:
             return self.narrow
         weight = self._weight
         generator = torch.Generator(weight.device).manual_seed(0)
         rows = torch.randn((128, self._in_features), generator=generator, device=weight.device)
         rows = rows.to(weight.dtype)
-        expected = self.compute(rows, self.narrow)
+
+        def computed(num_rows: int, tile: ProductTile) -> Tensor:
+            # Rounding to a smaller type hides most differences, but not always.
+            return self.compute(rows[:num_rows], tile, out_dtype=torch.float32)
+
+        expected = computed(len(rows), self.narrow)
         for tile in tiles:
             counts = (len(rows), tile.rows + 1, 1)
-            if all(torch.equal(self.compute(rows[:n], tile), expected[:n]) for n in counts):
+            if all(torch.equal(computed(count, tile), expected[:count]) for count in counts):
                 return tile
         return self.narrow
 
@@ -93,11 +98,17 @@ class TritonProduct(Product):
         tile = self.narrow if len(rows) <= FEW_ROWS else self.wide
         return self.compute(rows, tile, residual.contiguous())
 
-    def compute(self, rows: Tensor, tile: ProductTile, residual: Tensor | None = None) -> Tensor:
-        """The product by a given tile."""
+    def compute(
+        self,
+        rows: Tensor,
+        tile: ProductTile,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The product by a given tile. out_dtype: None: the usual one."""
         rows = rows.contiguous()
         shape = (len(rows), self._out_features)
-        out = torch.empty(shape, dtype=self._out_dtype, device=rows.device)
+        out = torch.empty(shape, dtype=out_dtype or self._out_dtype, device=rows.device)
         grid = (-(-len(rows) // tile.rows), -(-self._out_features // tile.out))
         product_kernels.product[grid](
             rows,
@@ -194,15 +205,15 @@ def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
 
     wide: tiles to try for many rows, once for each shape of weight.
     """
-    found: dict[tuple[int, int, torch.dtype], ProductTile] = {}
+    found: dict[tuple[int, int], ProductTile] = {}
 
     def make_product(
         linear: nn.Linear, activation: Activation | None, out_dtype: torch.dtype | None = None
     ) -> TritonProduct:
-        key = (linear.in_features, linear.out_features, out_dtype or linear.weight.dtype)
-        if key not in found:
-            found[key] = TritonProduct(linear, None, None, out_dtype).find_wide(wide)
-        return TritonProduct(linear, activation, found[key], out_dtype)
+        shape = (linear.in_features, linear.out_features)
+        if shape not in found:
+            found[shape] = TritonProduct(linear, None).find_wide(wide)
+        return TritonProduct(linear, activation, found[shape], out_dtype)
 
     for at, block in enumerate(model.blocks):
         assert isinstance(block, Block)
