@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,12 @@ class Case:
         counts = [-(-n // block_size) for n in scale.lengths]
         self.num_blocks = sum(counts) + 1
         self.tables = torch.randperm(sum(counts), generator=generator).split(counts)  # type: ignore[no-untyped-call]  # torch has no types here
+
+    @overload
+    def backend(self, make: type[ReferenceBackend]) -> ReferenceBackend: ...
+
+    @overload
+    def backend(self, make: partial[TritonBackend]) -> TritonBackend: ...
 
     def backend(self, make: type[ReferenceBackend] | partial[TritonBackend]) -> AttentionBackend:
         """Over zeroed pages; the reference's are on the CPU."""
@@ -149,11 +155,18 @@ def attention_agrees(case: Case) -> str:
     return words[0]
 
 
+def unrounded(case: Case, make: partial[TritonBackend], steps: Sequence[Sequence[Chunk]]) -> Tensor:
+    """Outputs in float32: rounding would hide most differences."""
+    backend = case.backend(make)
+    backend.out_dtype = torch.float32
+    return case.run(backend, steps, torch.float32)
+
+
 def attention_is_exact(case: Case) -> str:
     """Whole, chunked, token by token, alone and together, joined and split: the same bits."""
     whole = [case.whole()]
-    expected = case.run(case.backend(JOINED), whole)
-    same(case.run(case.backend(SPLIT), whole), expected, "split by pages")
+    expected = unrounded(case, JOINED, whole)
+    same(unrounded(case, SPLIT, whole), expected, "split by pages")
     longest = max(range(len(case.qkv)), key=lambda seq: len(case.qkv[seq]))
     others = [chunk for chunk in case.whole() if chunk[0] != longest]
     length = len(case.qkv[longest])
@@ -171,7 +184,7 @@ def attention_is_exact(case: Case) -> str:
         ],
     }
     for name, plan in plans.items():
-        same(case.run(case.backend(JOINED), plan), expected, name)
+        same(unrounded(case, JOINED, plan), expected, name)
     return f"{len(expected)} rows, no bit differs"
 
 
@@ -179,15 +192,9 @@ def wide_tiles(scale: Scale, dtype: torch.dtype) -> str:
     """Not a matter of right or wrong: which tiles for prompts give the narrow one's bits, in
     float32."""
     case = Case(scale, 64 if scale.device != "cpu" else 32, 32, scale.block_sizes[-1], dtype)
-
-    def run(make: partial[TritonBackend]) -> Tensor:
-        backend = case.backend(make)
-        backend.out_dtype = torch.float32
-        return case.run(backend, [case.whole()], torch.float32)
-
-    expected, found = run(JOINED), []
+    expected, found = unrounded(case, JOINED, [case.whole()]), []
     for tile in WIDE_TILES:
-        wide = run(partial(JOINED, wide=tile))
+        wide = unrounded(case, partial(JOINED, wide=tile), [case.whole()])
         close(wide.to(dtype), expected.to(dtype))
         found.append(f"{tile.rows} rows by {tile.num_warps} warps: {torch.equal(wide, expected)}")
     return "; ".join(found)
@@ -211,10 +218,11 @@ def product_agrees(
     tried = () if scale.device == "cpu" else PRODUCT_TILES
     served = TritonProduct(placed, activation, TritonProduct(placed, None).find_wide(tried))
     rows = rows.to(scale.device)
-    whole = served(rows)
-    word = close(whole, expected)
+    word = close(served(rows), expected)
+    in_float32 = TritonProduct(placed, activation, served.wide, torch.float32)
+    whole = in_float32(rows)
     for count in scale.num_rows:
-        same(served(rows[-count:]), whole[-count:], f"{count} rows")
+        same(in_float32(rows[-count:]), whole[-count:], f"{count} rows")
     tile = served.wide
     return f"{word}; many rows: {tile.rows} x {tile.out} by {tile.num_warps} warps"
 
