@@ -18,7 +18,7 @@ ATTENTION = Path("engine/model/attention/cpu_kernel.cpp")
 LINEAR = Path("engine/model/cpu_linear.cpp")
 DRAW = Path("engine/execution/cpu_draw.cpp")
 STACK = Path("engine/model/cpu_stack.cpp")
-HEADER = Path("engine/model/cpu_vector.h")
+HEADERS = [Path("engine/model/cpu_memory.h"), Path("engine/model/cpu_vector.h")]
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 INSTRUCTIONS = {
@@ -73,7 +73,7 @@ setup(
         Extension(
             "engine.model._cpu_kernels",
             [str(source) for source in KERNELS],
-            depends=[str(HEADER)],
+            depends=[str(header) for header in HEADERS],
             optional=True,
         )
     ],

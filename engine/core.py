@@ -16,12 +16,12 @@ from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError, RopewayError
 from engine.execution.journal import StepJournal
 from engine.execution.masks import GrammarMasks
+from engine.execution.matcher import Vocabulary
 from engine.execution.runner import InputBatch
 from engine.execution.sampler import Sampler
 from engine.execution.select import select_runner
 from engine.frontend.tokenizer import Tokenizer
 from engine.grammar import INSTALLED as GRAMMARS
-from engine.grammar import Vocabulary
 from engine.messages import (
     AbortRequest,
     AddRequest,
@@ -42,7 +42,13 @@ from engine.model.on_cuda import prepare_for_cuda
 from engine.model.profiles import ProfileTables
 from engine.model.serving import prepare
 from engine.request import Request
-from engine.resources import allocate_cache, num_cache_blocks, resolve_device, resolve_dtype
+from engine.resources import (
+    allocate_cache,
+    give_back_memory,
+    num_cache_blocks,
+    resolve_device,
+    resolve_dtype,
+)
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.profiles import OWN, ProfileRows
 from engine.scheduling.scheduler import Scheduler
@@ -102,7 +108,10 @@ def grammar_vocabulary(directory: Path, eos_token_id: int | None) -> Vocabulary:
     ]
     for name, token_id in tokenizer.special_tokens.items():
         tokens[token_id] = name.encode()
-    return Vocabulary(tokens, list(special_ids), eos_token_id)
+    del tokenizer
+    vocabulary = Vocabulary(tokens, list(special_ids), eos_token_id)
+    give_back_memory()
+    return vocabulary
 
 
 class EngineCore:
@@ -128,10 +137,12 @@ class EngineCore:
         model = load_model(directory, dtype, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if device.type == "cpu":
-            products, obstacle = prepare(model, config.quantize), None
+            kept = config.scheduler.max_num_seqs
+            products, obstacle = prepare(model, config.quantize, kept), None
         else:
             obstacle = prepare_for_cuda(model)
             products = "triton" if obstacle is None else f"torch ({obstacle})"
+        give_back_memory()
         num_blocks = num_cache_blocks(model_config, config.cache, config.scheduler, dtype, device)
         cache = allocate_cache(model.config, num_blocks, block_size, dtype, device)
         tables = ProfileTables(
@@ -151,7 +162,7 @@ class EngineCore:
             masks = GrammarMasks(partial(grammar_vocabulary, directory, model_config.eos_token_id))
         sampler = Sampler(model_config.vocab_size, unsampled, masks)
         self._runner = select_runner(model, backend, sampler, batch, unsampled)
-        self._runner.warm_up((1, 2, 8, 64))
+        self._runner.warm_up((1, 2, 8, 32))
         self._scheduler = Scheduler(
             config.scheduler,
             self._pool,

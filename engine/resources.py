@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -76,3 +77,10 @@ def allocate_cache(
     except RuntimeError as error:
         size = num_blocks * KVCache.bytes_per_block(model, block_size, dtype)
         raise ConfigError(f"kv_memory: {size} bytes cannot be had: {error}") from error
+
+
+def give_back_memory() -> None:
+    """What was freed goes back to the machine, where the C library keeps it for later (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

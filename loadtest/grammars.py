@@ -12,7 +12,7 @@ from typing import Any
 from engine import LLM, SamplingParams
 from engine.config import DType
 from engine.core import grammar_vocabulary
-from engine.grammar import Matcher, Vocabulary, masks_of
+from engine.execution.matcher import Matcher, Vocabulary, masks_of
 from engine.params import Grammar
 from loadtest.figures import percentile, ranged, spread
 from loadtest.machine import Machine

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
 from engine.files import read_json
-from weights.files import checkpoint_files, weights_file
+from weights.files import checkpoint_files, read_header, weights_file
 from weights.summary import Summary, found, show
 
 SUMMARY_FILE = "summary.json"
@@ -56,9 +55,8 @@ def is_model_directory(path: Path) -> bool:
         names = read_json(weights).get("weight_map") or {}
     else:
         try:
-            with safe_open(weights, framework="np") as file:
-                names = list(file.keys())
-        except (OSError, SafetensorError):
+            names, _ = read_header(weights)
+        except CheckpointError:
             return False  # the converter says what is wrong with it
     return "blocks.0.qkv.weight" in names and "rotary_dim" in read_json(path / "config.json")
 

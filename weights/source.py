@@ -6,7 +6,6 @@ may hold tensors and plain values only, and a tensor's memory is taken when it i
 
 from __future__ import annotations
 
-import json
 import pickle
 import warnings
 import zipfile
@@ -25,10 +24,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.files import read_json
 from engine.model.loader import FLOAT_TYPES
-from weights.files import settings_file, shards_of, weights_file
-
-MAX_HEADER = 100_000_000
-"""Bytes of a safetensors header; the format's own limit."""
+from weights.files import read_header, settings_file, shards_of, weights_file
 
 PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DataParallel put before every name."""
@@ -125,23 +121,10 @@ def _plain(name: str) -> str:
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, by its header alone; each must fill the bytes that it claims."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{path}: the header claims {length:,} bytes of a file of {size:,}"
-                )
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: cannot be read as safetensors: the header is no object")
-    header.pop("__metadata__", None)
+    header, room = read_header(path)
     found = {}
     for stored, entry in header.items():
-        shape, dtype = _check_entry(path, stored, entry, size - 8 - length)
+        shape, dtype = _check_entry(path, stored, entry, room)
         name = _plain(stored)
         if name in found:
             raise CheckpointError(f"{path}: tensor {name} is there twice, as {stored} too")

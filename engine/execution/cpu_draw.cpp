@@ -9,6 +9,7 @@
 // This file is compiled once for each instruction set, into one library, as
 // ropeway_draw_<VARIANT>; the caller asks ropeway_supports_draw_<VARIANT> and chooses.
 
+#include "../model/cpu_memory.h"
 #include "../model/cpu_vector.h"
 
 // A row to draw from, field by field as in cpu_draw.py.

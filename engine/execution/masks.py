@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import GrammarFailed
-from engine.grammar import Matcher, Vocabulary, masks_of
+from engine.execution.matcher import Matcher, Vocabulary, masks_of
 from engine.request import Request
 
 Found = Mapping[str, Tensor | GrammarFailed]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,8 @@ class Tokenizer:
             raise TokenizerError("two tokens of the tokenizer share an id")
         self.special_tokens = dict(special_tokens)
         self._special_ids = frozenset(special_tokens.values())
-        self._ids = frozenset(ids)
+        self._size = max(ids) + 1
+        self._unused = frozenset(range(self._size)).difference(ids)
         try:
             self._encoding = tiktoken.Encoding(
                 "ropeway",
@@ -114,15 +114,15 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """One more than the highest id."""
-        return max(self._ids) + 1
+        return self._size
 
     def __contains__(self, token_id: int) -> bool:
-        return token_id in self._ids
+        return 0 <= token_id < self._size and token_id not in self._unused
 
-    @cached_property
+    @property
     def unused_ids(self) -> list[int]:
-        """Ids below the highest that no token has."""
-        return [token_id for token_id in range(len(self)) if token_id not in self._ids]
+        """Ids below the highest that no token has, ascending."""
+        return sorted(self._unused)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -174,7 +174,7 @@ class CharacterTokenizer(Tokenizer):
         if not characters:
             raise TokenizerError("characters must not be empty")
         self.special_tokens = {}
-        self._ids = frozenset(range(len(characters)))
+        self._size, self._unused = len(characters), frozenset()
         self.longest_token = max(map(len, self._bytes))
 
     @classmethod
@@ -199,6 +199,6 @@ class CharacterTokenizer(Tokenizer):
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token. KeyError where no token has the id."""
-        if token_id not in self._ids:
+        if token_id not in self:
             raise KeyError(token_id)
         return self._bytes[token_id]

@@ -13,6 +13,7 @@
 // This file is compiled once for each instruction set, into one library, as
 // ropeway_linear_<VARIANT>; the caller asks ropeway_supports_linear_<VARIANT> and chooses.
 
+#include "cpu_memory.h"
 #include "cpu_vector.h"
 
 // The structure that Python fills, field by field as in cpu_linear.py.

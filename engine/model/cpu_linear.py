@@ -62,7 +62,9 @@ class WeightMemory:
         """The same contiguous tensor here. What is not used of a chunk costs nothing."""
         size = -(-tensor.nbytes // 64) * 64  # the next one begins at a cache line
         if self._chunk is None or self._used + size > len(self._chunk):
-            self._chunk = mmap.mmap(-1, max(size, self.CHUNK_BYTES))
+            # Private: shared memory gets no such pages, unless an administrator says so.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._chunk = mmap.mmap(-1, max(size, self.CHUNK_BYTES), flags)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._chunk.madvise(mmap.MADV_HUGEPAGE)
             self._used = 0
@@ -117,8 +119,10 @@ class KernelLinear(nn.Module):
         in_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
         variant: str | None = None,
+        kept_rows: int = 0,
     ) -> None:
         """norm: a LayerNorm or RMSNorm that stands before. weight_format: None: as the weight is.
+        kept_rows: so many have one memory for good: what a call returned, the next overwrites.
 
         in_dtype, out_dtype: float32 or bfloat16; None: the weight's. Raises KernelUnavailableError
         where there is no kernel (or not of the variant), ConfigError for what it does not compute.
@@ -171,6 +175,7 @@ class KernelLinear(nn.Module):
             self.out_dtype == torch.bfloat16,
             0.0 if norm is None else norm.eps,
         )
+        self._kept = torch.empty(kept_rows, self.out_features, dtype=self.out_dtype)
         self.address = ctypes.addressof(self._linear)
         self.function_address = address_of(self._call)
 
@@ -194,8 +199,11 @@ class KernelLinear(nn.Module):
                 f"residual must be contiguous float32 {shape}, "
                 f"got {residual.dtype} {tuple(residual.shape)}"
             )
-        out = torch.empty(shape, dtype=self.out_dtype)
         num_rows = x.numel() // self.in_features
+        if num_rows <= len(self._kept):
+            out = self._kept[:num_rows].view(shape)
+        else:
+            out = torch.empty(shape, dtype=self.out_dtype)
         added = None if residual is None else residual.data_ptr()
         if num_rows and self._call(
             self.address, x.data_ptr(), added, out.data_ptr(), num_rows, torch.get_num_threads()

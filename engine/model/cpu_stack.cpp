@@ -2,8 +2,7 @@
 // interpreter between them. It computes nothing itself: the functions it calls are those of
 // cpu_linear.cpp and attention/cpu_kernel.cpp, each of the variant that its caller chose.
 
-#include <stdint.h>
-#include <stdlib.h>
+#include "cpu_memory.h"
 
 struct RopewayLinear;
 struct RopewayLayer;
@@ -26,13 +25,6 @@ struct RopewayStack {
 };
 
 namespace {
-
-struct Memory {  // aligned, freed at the end of its scope; null when there is none left
-    char *at;
-    explicit Memory(int64_t bytes) : at((char *)aligned_alloc(64, bytes)) {}
-    ~Memory() { free(at); }
-    Memory(const Memory &) = delete;
-};
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <stdint.h>
-#include <stdlib.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -198,13 +197,6 @@ inline Vec gelu_tanh(Vec x) {
     const Vec power = power_of_two(z < Vec{} ? z : -z);
     return x * ((z < Vec{} ? power : all(1.0f)) / (all(1.0f) + power));
 }
-
-struct Memory {  // aligned, freed at the end of its scope; null when there is none left
-    void *at;
-    explicit Memory(int64_t bytes) : at(aligned_alloc(64, (bytes + 64) / 64 * 64)) {}
-    ~Memory() { free(at); }
-    Memory(const Memory &) = delete;
-};
 
 // Items of work among threads. Each walks a share of its own in order, as one stream of loads, and
 // then takes what the others have not begun: one that the system holds up does not hold up all.

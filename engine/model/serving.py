@@ -80,19 +80,21 @@ class FusedStack(nn.Module):
         return x
 
 
-def fuse(model: GPT2, quantize: Quantize = "none") -> str:
+def fuse(model: GPT2, quantize: Quantize = "none", kept_logits: int = 0) -> str:
     """Replace the layers of a loaded model, in place; it can no longer be trained.
 
     The last norm becomes part of the head, which so returns float32 logits of the rows that it is
-    given. Returns the variant of the kernel in use. Raises KernelUnavailableError, before anything
-    is changed.
+    given; up to kept_logits rows of them last until its next call. Returns the variant of the
+    kernel in use. Raises KernelUnavailableError, before anything is changed.
     """
     chosen, _ = load_kernel("linear", [])
     memory = WeightMemory()
     weight_format = None if quantize == "none" else quantize
     product = partial(KernelLinear, memory=memory, weight_format=weight_format)
     wide = torch.float32
-    head = product(model.head, norm=model.norm, in_dtype=wide, out_dtype=wide)
+    head = product(
+        model.head, norm=model.norm, in_dtype=wide, out_dtype=wide, kept_rows=kept_logits
+    )
     model.add_module("head", head)
     model.add_module("norm", nn.Identity())
     tied = model.config.tie_embeddings and quantize == "none"
@@ -108,14 +110,17 @@ def fuse(model: GPT2, quantize: Quantize = "none") -> str:
     return chosen
 
 
-def prepare(model: GPT2, quantize: Quantize = "none") -> str:
+def prepare(model: GPT2, quantize: Quantize = "none", kept_logits: int = 0) -> str:
     """Make a loaded model ready to serve on this machine's CPU, by the fastest products it has.
+
+    kept_logits: rows of logits that may last until the next call only. They are large: taken anew
+    in every step, beside what is small and stays, they leave gaps and the heap grows.
 
     Returns a line for people: "cpu-avx512bf16, int8", or "torch (why not the kernel)". Raises
     ConfigError where quantized weights are asked for and there is no kernel for them.
     """
     try:
-        variant = fuse(model, quantize)
+        variant = fuse(model, quantize, kept_logits)
     except KernelUnavailableError as error:
         if quantize != "none":
             raise ConfigError(

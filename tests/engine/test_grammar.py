@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from engine import LLM, SamplingParams
 from engine.errors import GrammarFailed, InvalidRequest
 from engine.execution.masks import GrammarMasks
-from engine.grammar import Matcher, Vocabulary, check, masks_of
+from engine.execution.matcher import Matcher, Vocabulary, masks_of
+from engine.grammar import check
 from engine.params import Grammar
 from engine.request import FinishReason, Request
 from tests.models import EOS, tiny_config, write_model

@@ -11,6 +11,7 @@
 // This file is compiled once for each instruction set, into one library, as
 // ropeway_attention_<VARIANT>; the caller asks ropeway_supports_attention_<VARIANT> and chooses.
 
+#include "../cpu_memory.h"
 #include "../cpu_vector.h"
 
 // The three structures that Python fills, field by field as in cpu.py.

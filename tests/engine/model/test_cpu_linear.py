@@ -232,6 +232,19 @@ def test_leading_dimensions_are_kept(variant: str) -> None:
     assert f"float32, {variant}" in repr(layer)
 
 
+def test_kept_rows_have_one_memory(variant: str) -> None:
+    linear = _linear(64, 50, torch.float32)
+    x = torch.randn(4, 64)
+    kept = KernelLinear(linear, WeightMemory(), variant=variant, kept_rows=3)
+    own = KernelLinear(linear, WeightMemory(), variant=variant)
+    for rows in (x[:3], x[1:3], x):
+        assert torch.equal(kept(rows), own(rows))
+    first, second, large = kept(x[:3]), kept(x[1:3]), kept(x)
+    assert first.data_ptr() == second.data_ptr() != large.data_ptr()
+    one, other = own(x), own(x)
+    assert one.data_ptr() != other.data_ptr()
+
+
 def test_what_it_cannot_read_is_refused() -> None:
     layer = KernelLinear(_linear(64, 50, torch.float32), WeightMemory())
     for x in (torch.randn(2, 63), torch.randn(2, 64).double(), torch.randn(64, 2).T):
