@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.execution.cuda_graphs import NOT_RUN, DecodeGraphs, DecodeState, DecodeStep
 from engine.execution.device_sampler import WIDTH, DeviceSampler
@@ -160,6 +162,51 @@ def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
     assert state.sampling.index.tolist() == [0, len(expected) - 1, 0]
     assert state.token_ids.tolist() == [0, expected[-1], 9]
     assert not cache.keys[0][[0, 1, 3]].any()
+
+
+HELD = (
+    "empty empty_like empty_strided arange embedding slice select view reshape unbind flatten stack"
+)
+"""What of torch a graph may hold beside Triton's kernels: nothing that needs the host."""
+
+INTERPRETERS_OWN = "set_ new_empty copy_"
+
+
+class Calls(TorchDispatchMode):
+    """Writes down which operations of torch are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # torch's own
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        self.names.add(func.name().removeprefix("aten::").split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "before"])
+def test_a_step_calls_nothing_that_a_graph_cannot_hold(qk_norm: str) -> None:
+    config = tiny_config(num_layers=1, qk_norm=qk_norm)
+    model = random_model(config)
+    with torch.inference_mode():
+        use_triton(model, wide=())
+        cache = KVCache.allocate(config, 4, SIZE, torch.float32, dimensions_last=True)
+        tables = ProfileTables(config, SIZE)
+        backend = TritonBackend(config, tables, cache, num_processors=10**6)  # split by pages
+        backend.put_profile(0, UNSCALED, config.max_position)
+        state = DecodeState(3, 2, SIZE, config.vocab_size, "cpu")
+        state.put([1], {"num_blocks": int32(1)})
+        step = DecodeStep(model, backend, DeviceSampler(config.vocab_size, device="cpu"), state)
+        with Calls() as calls:
+            step(3)
+    assert calls.names - set(INTERPRETERS_OWN.split()) <= set(HELD.split())
+    assert "embedding" in calls.names
 
 
 def test_a_step_counts_the_tokens_of_rows_with_penalties() -> None:
