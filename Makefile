@@ -73,7 +73,7 @@ bench: $(VENV)/.installed ## latency and throughput on this machine
 
 # Needs PyTorch for CUDA, Triton, numpy and safetensors in PYTHON; nothing is installed.
 gpu-check: ## with a GPU: check every kernel against float64, measure, compare (PYTHON=, ARGS=)
-	$(PYTHON) -m loadtest.gpu_check $(ARGS)
+	$(PYTHON) -m loadtest.gpu.check $(ARGS)
 
 chaos: $(VENV)/.installed ## mistreat a server: clients leave, the engine is killed (ARGS=)
 	$(BIN)/pip install --quiet --editable ".[bench]"

@@ -12,13 +12,11 @@ import asyncio
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -28,24 +26,26 @@ from rich.progress import Progress
 
 from engine.config import Quantize
 from engine.errors import RopewayError
-from loadtest.bench import DEFAULT_MODEL, counts
+from loadtest.bench.options import DEFAULT_MODEL, counts
 from loadtest.client import run_http
 from loadtest.errors import Unmeasurable
 from loadtest.figures import ranged, spread
-from loadtest.gguf import KINDS, Kind, write_gguf
+from loadtest.gguf import KINDS
 from loadtest.machine import Machine
 from loadtest.others import Others, doubt
-from loadtest.peers import huggingface
 from loadtest.peers.base import Absent, Offline, Reached, Serving, rotated
-from loadtest.peers.llama_cpp import LlamaBatchedBench, LlamaServer
-from loadtest.peers.ours import OursOffline, OursServing
-from loadtest.peers.vllm import VllmServing
+from loadtest.peers.lineup import (
+    Comparison,
+    PeerName,
+    Tools,
+    offline_peers,
+    serving_peers,
+    write_files,
+)
 from loadtest.report import Column, document, report
 from loadtest.roofline import Sizes
-from loadtest.workload import Workload
 
 What = Literal["decode", "prefill", "http"]
-PeerName = Literal["llama.cpp", "transformers", "vllm"]
 Choice = TypeVar("Choice", bound=str)
 IDLE_SECONDS = 1.0
 COLUMNS: Sequence[Column] = (
@@ -56,113 +56,6 @@ COLUMNS: Sequence[Column] = (
     ("first token ms", lambda row: ranged(row.get("first_token_ms"))),
     ("ours is faster by", lambda row: ranged(row.get("ratio"))),
 )
-
-
-@dataclass(frozen=True)
-class Tools:
-    """Executables of peers; None where there is none."""
-
-    batched_bench: Path | None
-    llama_server: Path | None
-    vllm: Path | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared: the shape of the streams, and how often.
-
-    quantize: ours. kinds: of llama.cpp's weights.
-    """
-
-    model: Path
-    dtype: Literal["float32", "bfloat16"]
-    quantize: Quantize
-    peers: Sequence[PeerName]
-    kinds: Sequence[Kind]
-    streams: Sequence[int]
-    prompt_tokens: int
-    output_tokens: int
-    prefill_tokens: int
-    repeats: int
-    threads: int
-
-    @property
-    def context(self) -> int:
-        """Tokens of one stream."""
-        return self.prompt_tokens + self.output_tokens
-
-    def workload(self, streams: int, vocab_size: int) -> Workload:
-        """Of so many streams."""
-        return Workload(streams, self.prompt_tokens, self.output_tokens, vocab_size)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The same weights as others read them."""
-
-    neox: Path
-    gguf: dict[Kind, Path]
-
-
-def write_files(model: Path, kinds: Sequence[Kind], folder: Path) -> Files:
-    """Convert the model into `folder`. Raises Unmeasurable where it cannot leave."""
-    neox = folder / "neox"
-    command = [sys.executable, "-P", "-m", "server.cli", "convert", str(model), str(neox)]
-    ended = subprocess.run(
-        [*command, "--to", "gpt-neox"], capture_output=True, text=True, check=False
-    )
-    if ended.returncode:
-        raise Unmeasurable(f"{model} cannot be converted to GPT-NeoX: {ended.stderr.strip()}")
-    files = Files(neox, {kind: folder / f"{kind}.gguf" for kind in kinds})
-    for kind, path in files.gguf.items():
-        write_gguf(neox, path, kind)
-    return files
-
-
-def offline_peers(
-    each: Comparison, sizes: Sizes, files: Files, tools: Tools
-) -> tuple[list[Offline], list[Absent]]:
-    """Ours first, then who is there; and who is not."""
-    ours = OursOffline(each.model, each.dtype, each.quantize, each.threads, sizes.vocab_size)
-    present: list[Offline] = [ours]
-    absent = []
-    if "llama.cpp" in each.peers:
-        if tools.batched_bench is None:
-            absent.append(Absent("llama.cpp offline", "no llama-batched-bench on PATH; name one"))
-        else:
-            for kind, gguf in files.gguf.items():
-                present.append(LlamaBatchedBench(tools.batched_bench, gguf, kind, each.threads))
-    if "transformers" in each.peers:
-        if not huggingface.INSTALLED:
-            absent.append(Absent("transformers", "pip install transformers"))
-        else:
-            model = huggingface.load(files.neox, each.dtype)
-            present.append(huggingface.Generate(model, each.threads, sizes.vocab_size))
-            most = max(each.streams)
-            present.append(huggingface.ContinuousBatching(model, each.threads, most, each.context))
-    return present, absent
-
-
-def serving_peers(
-    each: Comparison, files: Files, tools: Tools
-) -> tuple[list[Serving], list[Absent]]:
-    """Ours first, then who is there; and who is not."""
-    present: list[Serving] = [OursServing(each.model, each.dtype, each.quantize, each.threads)]
-    absent = []
-    most = max(each.streams)
-    sizes = (each.threads, most, each.context)
-    if "llama.cpp" in each.peers:
-        if tools.llama_server is None:
-            absent.append(Absent("llama.cpp over HTTP", "no llama-server on PATH; name one"))
-        else:
-            for kind, gguf in files.gguf.items():
-                present.append(LlamaServer(tools.llama_server, gguf, kind, *sizes))
-    if "vllm" in each.peers:
-        if tools.vllm is None:
-            absent.append(Absent("vllm", "no executable; name one with --vllm"))
-        else:
-            present.append(VllmServing(tools.vllm, files.neox, each.dtype, *sizes))
-    return present, absent
 
 
 def compare_offline(

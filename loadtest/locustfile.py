@@ -29,9 +29,9 @@ from locust.env import Environment
 from locust.event import EventHook
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.address import Address
-from loadtest.scenarios import SCENARIOS
-from loadtest.stream import Client, Generation
+from loadtest.load.address import Address
+from loadtest.load.scenarios import SCENARIOS
+from loadtest.load.stream import Client, Generation
 
 POOL_TEXT = (
     "The old captain looked over the grey water and said that the wind would turn before night. "

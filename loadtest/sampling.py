@@ -6,8 +6,6 @@ The two take turns in one process, so that whatever else the machine does falls 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,7 +16,7 @@ from engine.execution.cpu_draw import KernelDraw
 from engine.execution.draw import Draw, draw
 from engine.params import SamplingParams
 from engine.request import Request
-from loadtest.figures import spread
+from loadtest.turns import in_turns
 
 CASES: dict[str, SamplingParams] = {
     "temperature 1": SamplingParams(),
@@ -39,19 +37,10 @@ def measure(
         for row in range(num_rows)
     ]
     ways: dict[str, Draw] = {"kernel_ms": KernelDraw(), "torch_ms": draw}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            passed = 1000 * _seconds(partial(way, logits, range(num_rows), requests))
-            if repeat:  # the first one warms up
-                times[name].append(passed)
-    return {name: spread(values, 3) for name, values in times.items()}
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return in_turns(
+        {name: partial(way, logits, range(num_rows), requests) for name, way in ways.items()},
+        repeats,
+    )
 
 
 def main(

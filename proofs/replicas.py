@@ -23,9 +23,9 @@ import ray
 from ray import serve
 from ray.util import list_named_actors
 
-from loadtest.address import Address
-from loadtest.scenarios import Lengths, Scenario
-from loadtest.stream import OK, Client, Generation
+from loadtest.load.address import Address
+from loadtest.load.scenarios import Lengths, Scenario
+from loadtest.load.stream import OK, Client, Generation
 from proofs.common import ROOT, Failed, expect, free_port
 from server.ray_app import build
 

@@ -14,15 +14,15 @@ from starlette.types import ASGIApp
 
 from engine.frontend.client import AsyncEngine
 from server import errors
-from server.auth import Authentication
+from server.access.keys import KeyRing
+from server.access.quota import Quota
 from server.chat import ChatTemplate
-from server.headers import SecurityHeaders
-from server.identity import HEADER as REQUEST_ID
-from server.identity import RequestIds
-from server.keys import KeyRing
 from server.limits import BodyLimit
-from server.logs import AccessLog
-from server.quota import Quota
+from server.middleware.auth import Authentication
+from server.middleware.headers import SecurityHeaders
+from server.middleware.identity import HEADER as REQUEST_ID
+from server.middleware.identity import RequestIds
+from server.middleware.logs import AccessLog
 from server.routes import generate, openai, ops, page, score
 from server.service import Service
 from server.sessions import Sessions

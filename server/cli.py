@@ -16,11 +16,14 @@ from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.frontend.process import EngineProcess
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import EngineReady
-from server import offline
+from server.access.keys import KeyRing, new_key
 from server.chat import ChatTemplate
-from server.keys import KeyRing, new_key
-from server.listener import check_certificate, listen_all
-from server.options import (
+from server.prefixes import read_prefix
+from server.processes.listener import check_certificate, listen_all
+from server.processes.running import run
+from server.settings import LogFormat, LogLevel, ServerSettings
+from server.terminal import offline
+from server.terminal.options import (
     DeviceOption,
     DTypeOption,
     KvMemoryOption,
@@ -32,12 +35,9 @@ from server.options import (
     option,
     size_option,
 )
-from server.outcome import FAILED, UNDECIDED, extra, fail, reported
-from server.panel import show
-from server.prefixes import read_prefix
-from server.running import run
-from server.settings import LogFormat, LogLevel, ServerSettings
-from server.sizes import format_size
+from server.terminal.outcome import FAILED, UNDECIDED, extra, fail, reported
+from server.terminal.panel import show
+from server.terminal.sizes import format_size
 
 SCHEDULER = SchedulerConfig()
 SERVER = ServerSettings()
@@ -225,7 +225,7 @@ def serve(
     )
     if otlp_endpoint is not None:
         with extra("otel"):
-            import server.tracing  # noqa: F401, PLC0415  # is the extra installed?
+            import server.middleware.tracing  # noqa: F401, PLC0415  # is the extra installed?
     listener, *others = listen_all(host, port, api_workers)
     bound_port = listener.getsockname()[1]
 
@@ -281,7 +281,7 @@ FORWARD = {
 def bench(context: typer.Context) -> None:
     """Measure latency and throughput on this machine, offline and over HTTP."""
     with extra("bench"), reported():
-        from loadtest.bench import app as bench_app  # noqa: PLC0415  # loads PyTorch
+        from loadtest.bench.commands import app as bench_app  # noqa: PLC0415  # loads PyTorch
 
         bench_app(context.args, prog_name="ropeway bench")
 
@@ -290,7 +290,7 @@ def bench(context: typer.Context) -> None:
 def loadtest(context: typer.Context) -> None:
     """Load a server as chatting readers do, find its knee, and leave a report."""
     with extra("loadtest"), reported():
-        from loadtest.run import app as loadtest_app  # noqa: PLC0415  # of an extra
+        from loadtest.load.run import app as loadtest_app  # noqa: PLC0415  # of an extra
 
         loadtest_app(
             context.args, prog_name="ropeway loadtest", auto_envvar_prefix="ROPEWAY_LOADTEST"

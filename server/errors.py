@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -26,13 +27,42 @@ from engine.errors import (
     RequestError,
     RopewayError,
 )
-from server.caller import caller_of, note_failure
-from server.schemas import ErrorBody, OpenAIErrorBody
+from server.access.caller import caller_of, note_failure
 
 OPENAI_PATH = "/v1/"
 OPENAI_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 RETRY_SECONDS = 1
 SHOWN_CHARACTERS = 80
+
+
+class ErrorDetail(BaseModel):
+    """`code` is stable and for programs; `message` is for people; `field` is the guilty one."""
+
+    code: str
+    message: str
+    field: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class OpenAIErrorDetail(BaseModel):
+    """`code` is that of the same error elsewhere; `param` is the guilty field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIErrorBody(BaseModel):
+    """The same under /v1/, in OpenAI's shape."""
+
+    error: OpenAIErrorDetail
+
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}

@@ -4,8 +4,8 @@
 
 An EngineReplica is a whole server without its socket: the same application, called in process. The
 Gateway passes requests to replicas and what they answer back, and asks another replica where one
-dies (`server/splice.py` says why that is safe). Ray places replicas, starts dead ones again,
-scales their number by requests under way, and updates them one by one.
+dies (`server/replicas/splice.py` says why that is safe). Ray places replicas, starts dead ones
+again, scales their number by requests under way, and updates them one by one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from engine.errors import EngineDead
 from engine.frontend.client import AsyncEngine
 from engine.frontend.process import EngineProcess, Supervisor
 from engine.frontend.tokenizer import Tokenizer
-from server.affinity import PrefixAffinity
 from server.app import create_app
-from server.call import Call, Head
 from server.chat import ChatTemplate
-from server.gateway import Gateway
+from server.replicas.affinity import PrefixAffinity
+from server.replicas.call import Call, Head
+from server.replicas.gateway import Gateway
 from server.settings import ServerSettings
 
 POLL_SECONDS = 0.05

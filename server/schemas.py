@@ -1,4 +1,4 @@
-"""What goes in and comes out as JSON.
+"""What goes in as JSON.
 
 Types are strict: "5" is no integer and true is no number. Ranges are not checked here but by
 SamplingParams, the one authority; the bounds below only tell /docs, and a test compares the two.
@@ -342,32 +342,3 @@ class GenerateRequest(LogprobsField):
         description="Give the prompt as well: before the text, or as an `event: prompt` before "
         "the tokens.",
     )
-
-
-class ErrorDetail(BaseModel):
-    """`code` is stable and for programs; `message` is for people; `field` is the guilty one."""
-
-    code: str
-    message: str
-    field: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
-
-    error: ErrorDetail
-
-
-class OpenAIErrorDetail(BaseModel):
-    """`code` is that of the same error elsewhere; `param` is the guilty field."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class OpenAIErrorBody(BaseModel):
-    """The same under /v1/, in OpenAI's shape."""
-
-    error: OpenAIErrorDetail

@@ -16,7 +16,7 @@ from engine.frontend.client import AsyncEngine
 from engine.frontend.stream import Piece, Stream, StreamGroup
 from engine.params import RequestOptions, SamplingParams
 from engine.scaling import RopeScaling
-from server.caller import Caller, caller_of
+from server.access.caller import Caller, caller_of
 from server.chat import ChatTemplate
 from server.metrics import Metrics
 from server.settings import ServerSettings

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from engine.messages import TokenLogprobs
-from server.caller import Caller
+from server.access.caller import Caller
 from server.errors import ApiError
 from server.service import Service
 from server.session import Reader, Session, SessionState

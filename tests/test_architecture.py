@@ -44,9 +44,14 @@ ARROWS = {
     "engine.model": VOCABULARY,
     "engine.execution": VOCABULARY | GRAMMAR | {"engine.model"},
     "server": {"engine"},
+    "server.access": {"engine"},
     "server.cli": {"engine", "server", "weights", "loadtest"},
+    "server.replicas": {"engine", "server.answers", "server.errors", "server.events"},
+    "server.terminal": {"engine", "server.chat", "server.settings"},
     "weights": {"engine"},
     "loadtest": {"engine"},
+    "loadtest.gpu": {"engine"},  # needs nothing that a machine with a GPU may not have
+    "loadtest.load": {"engine", "loadtest.errors", "loadtest.others", "loadtest.servers"},
 }
 
 
@@ -119,7 +124,7 @@ def test_nothing_below_the_cli_reads_the_environment() -> None:
         "import server",
         "import engine.frontend.client, engine.frontend.process",
         "import engine.scheduling.scheduler",
-        "import server.app, server.cli, server.worker",
+        "import server.app, server.cli, server.processes.worker",
         "from pathlib import Path; from weights.cache import is_model_directory; "
         "assert is_model_directory(Path('weights/default'))",
     ],

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.patience import PATIENCE
-from tests.server.test_serve import serve
+from tests.server.processes.test_serve import serve
 
 ROOT = Path(__file__).parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())

@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from weights.vocabulary import bytes_of_printable
+from weights.tokenizer.vocabulary import bytes_of_printable
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's split, with two changes: numbers in groups of at most three digits, so that a small

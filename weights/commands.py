@@ -20,7 +20,7 @@ from weights.formats.description import LAYOUT, describe
 from weights.inspect import judge, show_description, show_verdict
 from weights.source import open_source
 from weights.summary import show
-from weights.vocabulary import convert_tokenizer
+from weights.tokenizer.convert import convert_tokenizer
 
 
 def parse_declarations(pairs: Sequence[str]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from weights.inspect import Verdict, judge
 from weights.leave import neox_config, neox_tensors
 from weights.source import open_source
 from weights.summary import SHOWN, Summary
-from weights.vocabulary import END_OF_TEXT, convert_tokenizer
+from weights.tokenizer.convert import convert_tokenizer
+from weights.tokenizer.vocabulary import END_OF_TEXT
 
 Target = Literal["ropeway", "gpt-neox"]
 SHARD_BYTES = 2 * 2**30

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from server.answers import GenerateManyResponse, GenerateResponse, answer
 from server.collect import CLIENT_CLOSED_REQUEST, collect, json_response
 from server.content import require_json
-from server.errors import DOCUMENTED
+from server.errors import DOCUMENTED, ErrorBody
 from server.events import GenerateEvents
-from server.schemas import ErrorBody, GenerateRequest, prompts_of
+from server.schemas import GenerateRequest, prompts_of
 from server.service import CallerDep, ServiceDep
 from server.session import LAST_EVENT_ID, Session
 from server.sessions import Sessions

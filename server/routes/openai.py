@@ -11,11 +11,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from engine.messages import EngineReady
 from server.collect import CLIENT_CLOSED_REQUEST, collect
 from server.content import require_json
-from server.errors import OPENAI_DOCUMENTED, ApiError
-from server.openai_answers import ChatCompletion, Completion, Model, ModelList
-from server.openai_events import ChatEvents, CompletionEvents
-from server.openai_schemas import ChatRequest, CompletionRequest, OpenAIRequest
-from server.schemas import OpenAIErrorBody, prompts_of
+from server.errors import OPENAI_DOCUMENTED, ApiError, OpenAIErrorBody
+from server.openai.answers import ChatCompletion, Completion, Model, ModelList
+from server.openai.events import ChatEvents, CompletionEvents
+from server.openai.schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from server.schemas import prompts_of
 from server.service import CallerDep, Generation, Service, ServiceDep
 from server.sse import EVENT_SCHEMA, EventStream
 

@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from engine.errors import InvalidRequest
 from engine.frontend.admission import check_token_ids
 from server.content import require_json
-from server.errors import DOCUMENTED
+from server.errors import DOCUMENTED, ErrorBody
 from server.metrics import CONTENT_TYPE
-from server.schemas import ErrorBody, RequestModel
+from server.schemas import RequestModel
 from server.service import ServiceDep
 
 router = APIRouter(tags=["operations"])

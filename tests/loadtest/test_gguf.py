@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.errors import CheckpointError
 from engine.frontend.tokenizer import Tokenizer
-from loadtest.bench import DEFAULT_MODEL
+from loadtest.bench.options import DEFAULT_MODEL
 from loadtest.gguf import Kind, write_gguf
 from tests.models import EOS, tiny_config, write_model
 from weights.convert import convert

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine import LLM, SamplingParams
-from loadtest.bench import DEFAULT_MODEL
+from loadtest.bench.options import DEFAULT_MODEL
 from loadtest.gguf import Kind, write_gguf
 from loadtest.peers.llama_cpp import LlamaServer
 from weights.convert import convert

@@ -16,7 +16,7 @@ from transformers import GPT2Tokenizer
 
 from engine.frontend.output import Detokenizer
 from engine.frontend.tokenizer import Tokenizer
-from weights.vocabulary import convert_tokenizer
+from weights.tokenizer.convert import convert_tokenizer
 
 PIECES = st.one_of(
     st.text(max_size=6),

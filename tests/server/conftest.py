@@ -19,9 +19,9 @@ from starlette.types import ASGIApp
 from engine.frontend.client import AsyncEngine
 from server.app import create_app
 from server.chat import ChatTemplate
+from server.processes.worker import Server
 from server.service import Service
 from server.settings import ServerSettings
-from server.worker import Server
 from tests.patience import PATIENCE
 from tests.server.fake_engine import FakeEngine, byte_tokenizer
 

@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 
 from engine.messages import EngineReady
 from server.cli import app
-from server.panel import cache_line, show, url_of
-from server.sizes import format_size, parse_size
+from server.terminal.panel import cache_line, show, url_of
+from server.terminal.sizes import format_size, parse_size
 from tests.server.fake_engine import READY
 
 runner = CliRunner()
 
 
-@pytest.mark.parametrize("module", ["server", "server.app", "server.cli", "server.worker"])
+@pytest.mark.parametrize(
+    "module", ["server", "server.app", "server.cli", "server.processes.worker"]
+)
 def test_importing_does_not_load_torch(module: str) -> None:
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

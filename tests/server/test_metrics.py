@@ -18,7 +18,7 @@ from server.metrics import Metrics
 from tests.patience import PATIENCE
 from tests.server.conftest import Served
 from tests.server.fake_engine import byte_tokenizer
-from tests.server.test_serve import serve
+from tests.server.processes.test_serve import serve
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"

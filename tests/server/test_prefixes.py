@@ -12,15 +12,15 @@ import httpx
 import pytest
 
 from engine.errors import ConfigError
+from server.access.keys import new_key
 from server.chat import PLAIN, ChatTemplate
-from server.keys import new_key
-from server.panel import shared_line
 from server.prefixes import read_prefix
+from server.terminal.panel import shared_line
 from tests.models import tiny_config, write_model
 from tests.patience import PATIENCE
 from tests.server.fake_engine import EOS, byte_tokenizer
+from tests.server.processes.test_serve import COMMAND, OPTIONS, Server, serve
 from tests.server.test_chat import CHATML
-from tests.server.test_serve import COMMAND, OPTIONS, Server, serve
 
 SYSTEM = "You are a ship's cook who knows no weather. "
 MESSAGES = [{"role": "system", "content": SYSTEM}]

@@ -14,10 +14,10 @@ import pytest
 
 from engine.messages import AbortRequest, AddRequest, EngineOutput, TokenLogprobs
 from engine.request import FinishReason
-from server.keys import new_key
+from server.access.keys import new_key
 from tests.patience import PATIENCE
 from tests.server.conftest import SETTINGS, Event, Served, parse_events, running
-from tests.server.test_serve import serve, until_whole
+from tests.server.processes.test_serve import serve, until_whole
 
 MINE = {"X-Request-Id": "mine"}
 

@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from engine.errors import CheckpointError
 from server.cli import app
-from server.outcome import INTERRUPTED
+from server.terminal.outcome import INTERRUPTED
 from tests.models import write_tokenizer
 from tests.patience import PATIENCE
-from tests.server.test_serve import serve
+from tests.server.processes.test_serve import serve
 from tests.weights.checkpoints import logits, make, nanogpt_args, rename
 from weights import cache as conversions
 from weights.cache import Wanted, servable

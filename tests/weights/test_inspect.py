@@ -22,7 +22,7 @@ from engine.model.gpt2 import GPT2
 from engine.model.loader import load_model, read_config
 from engine.model.rope import RotaryTable
 from server.cli import app
-from server.outcome import UNDECIDED
+from server.terminal.outcome import UNDECIDED
 from tests.models import tiny_config, write_model
 from tests.weights.checkpoints import interleave, make, nanogpt_args, rename, turn_back
 from weights.convert import convert

@@ -1,0 +1,1 @@
+"""`ropeway bench`: one file for each measurement, and what only they need."""

@@ -1,0 +1,1 @@
+"""`make gpu-check`: the CUDA path checked and measured where there is PyTorch and little else."""

@@ -1,0 +1,1 @@
+"""What people meet at a terminal: options, panels, exit codes, the commands without a server."""
