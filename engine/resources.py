@@ -11,6 +11,7 @@ import torch
 from engine.config import CacheConfig, DType, ModelConfig, SchedulerConfig
 from engine.errors import ConfigError
 from engine.model.attention.base import KVCache
+from engine.model.on_cuda import has_bfloat16
 
 
 def resolve_device(device: str) -> torch.device:
@@ -25,7 +26,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     if dtype == "auto":
-        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        on_cuda = device.type == "cuda"
+        native = has_bfloat16(device) if on_cuda else torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.execution.device_sampler import DeviceSampler, SamplingTensors
+from engine.execution.device_sampler import WIDTH, DeviceSampler
 from engine.execution.kernels import step as kernels
+from engine.execution.sampling_tensors import SamplingTensors
 from engine.execution.transfer import upload
 from engine.model.attention.base import AttentionBackend, AttentionMetadata
 from engine.model.gpt2 import GPT2
@@ -41,11 +42,17 @@ class DecodeState:
     bases int32        of pages: always their place in the table times the block size
     profiles int32     its rotation
     sampling           see SamplingTensors
-    sampled int32      what the last step gave; NOT_RUN or -1 (logits not finite) for no token
+    sampled int32      [max_rows, WIDTH] what the last step gave; the token is NOT_RUN or -1 (logits
+                       not finite) where there is none
     """
 
     def __init__(
-        self, max_rows: int, max_blocks: int, block_size: int, device: torch.device | str
+        self,
+        max_rows: int,
+        max_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device | str,
     ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -60,8 +67,8 @@ class DecodeState:
         self.bases = (places * block_size).repeat(max_rows, 1)
         self.num_blocks = zeros(max_rows)
         self.profiles = zeros(max_rows)
-        self.sampled = zeros(max_rows)
-        self.sampling = SamplingTensors.greedy(max_rows, device)
+        self.sampled = zeros(max_rows, WIDTH)
+        self.sampling = SamplingTensors.vacant(max_rows, vocab_size, device)
         self._free = list(range(max_rows))
 
     @property
@@ -119,17 +126,16 @@ class DecodeStep:
         device = state.token_ids.device
         self._starts = torch.arange(state.max_rows + 1, dtype=torch.int32, device=device)
         self._slots = torch.zeros(state.max_rows, dtype=torch.int64, device=device)
-        self._counts = torch.zeros(state.max_rows, dtype=torch.int32, device=device)
 
     def __call__(self, num_rows: int) -> None:
         """Compute the first num_rows rows, without a word to the host."""
-        state = self._state
+        state, sampling = self._state, self._state.sampling
         kernels.begin[(num_rows,)](
             state.positions,
             state.block_tables,
             state.num_blocks,
             self._slots,
-            self._counts,
+            sampling.present,
             state.max_blocks,
             block_size=state.block_size,
             num_warps=1,
@@ -140,23 +146,23 @@ class DecodeStep:
             slot_mapping=self._slots[:num_rows],
             block_tables=state.block_tables[:num_rows],
             bases=state.bases[:num_rows],
-            num_blocks=self._counts[:num_rows],
+            num_blocks=sampling.present[:num_rows],
             profiles=state.profiles[:num_rows],
         )
         hidden = self._model(state.token_ids[:num_rows], self._backend.bind(metadata))
         self._sampler.sample(
-            self._model.logits(hidden),
-            SamplingTensors(
-                **{name: each[:num_rows] for name, each in vars(state.sampling).items()}
-            ),
-            state.sampled[:num_rows],
+            self._model.logits(hidden), sampling.first(num_rows), state.sampled[:num_rows]
         )
         kernels.advance[(num_rows,)](
-            self._counts,
+            sampling.present,
             state.sampled,
             state.token_ids,
             state.positions,
-            state.sampling.index,
+            sampling.index,
+            sampling.penalties,
+            sampling.counts,
+            WIDTH,
+            counts_width=sampling.counts.shape[1],
             not_run=NOT_RUN,
             num_warps=1,
         )

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.execution.cuda_graphs import (
@@ -17,8 +18,14 @@ from engine.execution.cuda_graphs import (
     DecodeState,
     DecodeStep,
 )
-from engine.execution.device_sampler import DeviceSampler, SamplingTensors, samples_on_device
+from engine.execution.device_sampler import (
+    WIDTH,
+    DeviceSampler,
+    read_logprobs,
+    samples_on_device,
+)
 from engine.execution.runner import ModelRunner
+from engine.execution.sampling_tensors import SamplingTensors
 from engine.execution.transfer import Download, upload
 from engine.messages import (
     SampledToken,
@@ -37,33 +44,62 @@ WARM_UP_SECONDS = 4.0
 class SamplesTokens(Protocol):
     """A DeviceSampler."""
 
-    def sample(self, logits: Tensor, params: SamplingTensors, tokens: Tensor) -> None:
+    def sample(self, logits: Tensor, params: SamplingTensors, sampled: Tensor) -> None:
         """See DeviceSampler.sample."""
         ...
 
 
 @dataclass(slots=True)
 class _Row:
-    """A row of DecodeState: its number, and how many pages it knows."""
+    """A row of DecodeState: its number, how many pages it knows, and how many of the likeliest
+    tokens it tells, None where it tells no log-probability."""
 
     number: int
     num_blocks: int
+    num_logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _First:
+    """Tokens that the device has drawn, by `params`, of rows that are not in the graph yet."""
+
+    requests: Sequence[Request]
+    params: SamplingTensors
+    sampled: Tensor
+    arriving: Download
 
 
 @dataclass(frozen=True, slots=True)
 class _Rest:
     """What of a step the graph has not computed, on its way to the host.
 
-    on_device: requests whose token is in `tokens` int32, in that order; on_host: those whose logits
-    are the rows of `logits`.
+    on_host: requests whose logits are the rows of `logits`.
     """
 
     scores: dict[str, list[TokenLogprobs]]
-    on_device: Sequence[Request] = ()
-    tokens: Tensor | None = None
-    arriving: Download | None = None
+    on_device: _First | None = None
     on_host: Sequence[Request] = ()
     logits: Download | None = None
+
+
+class _Arrived:
+    """What the device's sampler gave rows, once it is here."""
+
+    def __init__(self, arriving: Download) -> None:
+        self._lines: NDArray[np.int32] = arriving.wait().numpy()
+        self._token_ids: list[int] = self._lines[:, 0].tolist()
+
+    def token(self, row: int, num_logprobs: int | None) -> SampledToken:
+        """The token of a row. Raises FloatingPointError where its logits were not finite: none
+        would be right."""
+        token_id = self._token_ids[row]
+        if token_id == NOT_RUN:
+            raise RuntimeError("a row that was to be computed was out of pages on the device")
+        if token_id < 0:
+            raise FloatingPointError("the model's logits are not finite")
+        if num_logprobs is None:
+            return SampledToken(token_id)
+        return SampledToken(token_id, read_logprobs(self._lines[row], num_logprobs))
 
 
 class GraphRunner:
@@ -94,6 +130,7 @@ class GraphRunner:
         self._state = state
         self._graphs = graphs
         self._sampler = sampler
+        self._vocab_size = eager.model.config.vocab_size
         self._rows: dict[str, _Row] = {}  # who is on the device, and so in the step that runs
         self._vacant: list[int] = []  # rows that the device does not yet know to be left
         self._running: Download | None = None  # the tokens of the step that runs
@@ -109,8 +146,9 @@ class GraphRunner:
     ) -> GraphRunner:
         """With graphs of the whole step. max_blocks: pages of a request that is in them."""
         device = backend.cache.keys[0].device
-        state = DecodeState(max_num_seqs, max_blocks, backend.cache.block_size, device)
-        sampler = DeviceSampler(eager.model.config.vocab_size, unused_token_ids, device)
+        block_size, vocab_size = backend.cache.block_size, eager.model.config.vocab_size
+        state = DecodeState(max_num_seqs, max_blocks, block_size, vocab_size, device)
+        sampler = DeviceSampler(vocab_size, unused_token_ids, device)
         step = DecodeStep(eager.model, backend, sampler, state)
         return cls(eager, state, DecodeGraphs(step, state, CudaRecorder()), sampler)
 
@@ -140,7 +178,7 @@ class GraphRunner:
         self._leave(step.released)
         asked = {item.request.request_id for item in step.scheduled}
         self._leave([request_id for request_id in self._rows if request_id not in asked])
-        computed = {request_id: row.number for request_id, row in self._rows.items()}
+        computed = dict(self._rows)
         arriving, self._running = self._running, None
         with torch.inference_mode():
             rest = self._compute(
@@ -149,9 +187,12 @@ class GraphRunner:
             self._launch(step.scheduled, rest)
             tokens: dict[str, SampledToken] = {}
             if computed and arriving is not None:
-                given = arriving.wait().tolist()
-                tokens = {name: _token(given[number]) for name, number in computed.items()}
-            tokens.update(self._finish(rest))
+                arrived = _Arrived(arriving)
+                tokens = {
+                    name: arrived.token(row.number, row.num_logprobs)
+                    for name, row in computed.items()
+                }
+            tokens |= self._finish(rest)
         return StepResult(
             [tokens[item.request.request_id] for item in step.scheduled if item.samples],
             rest.scores,
@@ -172,32 +213,33 @@ class GraphRunner:
         if not requests:
             return _Rest(scores)
         logits = self._eager.model.logits(hidden[last])
-        tokens = arriving = below = None
+        first = below = None
         if on_device:
-            params = SamplingTensors.of(on_device)
-            contents = upload(list(params.values()), logits.device)
-            tokens = torch.empty(len(on_device), dtype=torch.int32, device=logits.device)
-            self._sampler.sample(
-                logits[: len(on_device)],
-                SamplingTensors(**dict(zip(params, contents, strict=True))),
-                tokens,
-            )
-            arriving = Download.start(tokens)
+            params = SamplingTensors.of(on_device, self._vocab_size, logits.device)
+            sampled = torch.empty((len(on_device), WIDTH), dtype=torch.int32, device=logits.device)
+            self._sampler.sample(logits[: len(on_device)], params, sampled)
+            first = _First(on_device, params, sampled, Download.start(sampled))
         if on_host:
             below = Download.start(logits[len(on_device) :].float())
-        return _Rest(scores, on_device, tokens, arriving, on_host, below)
+        return _Rest(scores, first, on_host, below)
 
     def _finish(self, rest: _Rest) -> dict[str, SampledToken]:
         """The tokens of what no graph has computed, by request id."""
-        sampled: dict[str, SampledToken] = {}
-        if rest.arriving is not None:
-            for request, token in zip(rest.on_device, rest.arriving.wait().tolist(), strict=True):
-                sampled[request.request_id] = _token(token)
+        tokens: dict[str, SampledToken] = {}
+        if rest.on_device is not None:
+            arrived = _Arrived(rest.on_device.arriving)
+            for row, request in enumerate(rest.on_device.requests):
+                tokens[request.request_id] = arrived.token(row, self._told(request))
         if rest.logits is not None:
-            tokens = self._eager.sampler.sample(rest.logits.wait(), rest.on_host)
-            for request, chosen in zip(rest.on_host, tokens, strict=True):
-                sampled[request.request_id] = chosen
-        return sampled
+            sampled = self._eager.sampler.sample(rest.logits.wait(), rest.on_host)
+            for request, chosen in zip(rest.on_host, sampled, strict=True):
+                tokens[request.request_id] = chosen
+        return tokens
+
+    def _told(self, request: Request) -> int | None:
+        """How many of the likeliest tokens it is told; None: no log-probability at all."""
+        wanted = request.params.logprobs
+        return None if wanted is None else min(wanted, self._vocab_size)
 
     def _leave(self, request_ids: Iterable[str]) -> None:
         """These are not on the device any more."""
@@ -208,7 +250,9 @@ class GraphRunner:
 
     def _launch(self, scheduled: Sequence[ScheduledRequest], rest: _Rest) -> None:
         """Begin the next step of all that need nothing but the tokens of this one."""
-        places = {request.request_id: at for at, request in enumerate(rest.on_device)}
+        first = rest.on_device
+        fresh = () if first is None else first.requests
+        places = {request.request_id: at for at, request in enumerate(fresh)}
         grown: list[tuple[int, list[int]]] = []
         new: list[ScheduledRequest] = []
         for item in scheduled:
@@ -228,9 +272,8 @@ class GraphRunner:
         self._vacant = []
         if grown:
             self._state.put_tables(*zip(*grown, strict=True))
-        if new:
-            assert rest.tokens is not None
-            self._enter(new, rest.tokens, [places[item.request.request_id] for item in new])
+        if first is not None and new:
+            self._enter(new, first, [places[item.request.request_id] for item in new])
         num_rows = 1 + max(row.number for row in self._rows.values())
         self._graphs.launch(num_rows)
         self._running = Download.start(self._state.sampled[:num_rows])
@@ -246,18 +289,15 @@ class GraphRunner:
             and pages <= self._state.max_blocks
         )
 
-    def _enter(self, items: Sequence[ScheduledRequest], tokens: Tensor, places: list[int]) -> None:
-        """Give requests rows. places: where in `tokens` each one's is."""
+    def _enter(self, items: Sequence[ScheduledRequest], first: _First, places: list[int]) -> None:
+        """Give requests rows. places: which of the first tokens is each one's."""
         requests = [item.request for item in items]
         numbers = [self._state.take() for _ in items]
-        params = SamplingTensors.of(requests)
-        params["index"] = params["index"] + 1
         positions = [item.position + item.num_tokens for item in items]
         profiles = [request.profile for request in requests]
         at = self._state.put(
             numbers,
-            params
-            | {
+            {
                 "positions": np.array(positions, np.int32),
                 "profiles": np.array(profiles, np.int32),
             },
@@ -265,15 +305,9 @@ class GraphRunner:
         self._state.put_tables(numbers, [request.block_table for request in requests])
         (chosen,) = upload([np.array(places, np.int64)], at.device)
         # One that is not finite is refused when it arrives; until then it must be some token.
-        self._state.token_ids[at] = tokens[chosen].clamp(min=0).long()
+        tokens = first.sampled[chosen, 0].clamp(min=0).long()
+        self._state.token_ids[at] = tokens
+        self._state.sampling.take_over(at, first.params, chosen, tokens)
         for request, number in zip(requests, numbers, strict=True):
-            self._rows[request.request_id] = _Row(number, len(request.block_table))
-
-
-def _token(token_id: int) -> SampledToken:
-    """Raises FloatingPointError where the logits were not finite: no token would be right."""
-    if token_id == NOT_RUN:
-        raise RuntimeError("a row that was to be computed was out of pages on the device")
-    if token_id < 0:
-        raise FloatingPointError("the model's logits are not finite")
-    return SampledToken(token_id)
+            pages = len(request.block_table)
+            self._rows[request.request_id] = _Row(number, pages, self._told(request))

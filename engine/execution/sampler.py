@@ -91,7 +91,7 @@ class Sampler:
         for row, request in enumerate(requests):
             if request.params.logit_bias:
                 _add_biases(logits[row], request.params.logit_bias)
-            if _has_penalty(request):
+            if has_penalty(request):
                 self._penalise(logits[row], request)
         errors = self._obey(logits, requests)
         for row, request in enumerate(requests):
@@ -104,14 +104,17 @@ class Sampler:
                 token_ids[row] = token_id
         sampled = []
         for row, (token_id, request) in enumerate(zip(token_ids, requests, strict=True)):
-            top = self._top(logprobs.get(row), token_id, request)
+            told = None
+            if row in logprobs:
+                values, top = logprobs[row]
+                told = TokenLogprobs(float(values[token_id]), top)
             ended, error = False, errors.get(row)
             if self._masks is not None and request.params.grammar is not None and error is None:
                 try:
                     ended = self._masks.take(request, token_id)
                 except GrammarFailed as fault:
                     error = str(fault)
-            sampled.append(SampledToken(token_id, top, ended, error))
+            sampled.append(SampledToken(token_id, told, ended, error))
         return sampled
 
     def _obey(self, logits: Tensor, requests: Sequence[Request]) -> dict[int, str]:
@@ -132,12 +135,9 @@ class Sampler:
         logits, _ = self._checked(logits)
         logprobs = logits.log_softmax(dim=-1)
         taken = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
-        values, ids = logprobs.topk(min(top, self._vocab_size), dim=-1)
         return [
-            TokenLogprobs(logprob, list(zip(*pair, strict=True)))
-            for logprob, pair in zip(
-                taken.tolist(), zip(ids.tolist(), values.tolist(), strict=True), strict=True
-            )
+            TokenLogprobs(logprob, _likeliest(own, row, top))
+            for logprob, own, row in zip(taken.tolist(), logits, logprobs, strict=True)
         ]
 
     def _checked(self, logits: Tensor) -> tuple[Tensor, list[int]]:
@@ -153,20 +153,22 @@ class Sampler:
         return logits, token_ids
 
     @staticmethod
-    def _model_logprobs(logits: Tensor, requests: Sequence[Request]) -> dict[int, Tensor]:
-        """Log-probabilities [vocab_size] of the rows that ask for them."""
-        rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        if not rows:
+    def _model_logprobs(
+        logits: Tensor, requests: Sequence[Request]
+    ) -> dict[int, tuple[Tensor, list[tuple[int, float]]]]:
+        """Of the rows that ask for them: log-probabilities [vocab_size], and the likeliest."""
+        wanted = {
+            row: request.params.logprobs
+            for row, request in enumerate(requests)
+            if request.params.logprobs is not None
+        }
+        if not wanted:
             return {}
-        return dict(zip(rows, logits[rows].log_softmax(dim=-1), strict=True))
-
-    @staticmethod
-    def _top(logprobs: Tensor | None, token_id: int, request: Request) -> TokenLogprobs | None:
-        if logprobs is None or request.params.logprobs is None:
-            return None
-        values, ids = logprobs.topk(min(request.params.logprobs, len(logprobs)))
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        return TokenLogprobs(float(logprobs[token_id]), top)
+        logprobs = logits[list(wanted)].log_softmax(dim=-1)
+        return {
+            row: (each, _likeliest(logits[row], each, count))
+            for (row, count), each in zip(wanted.items(), logprobs, strict=True)
+        }
 
     def _penalise(self, logits: Tensor, request: Request) -> None:
         """Apply the penalties to one row, in place."""
@@ -182,6 +184,18 @@ class Sampler:
         row[ids] = seen
 
 
+def _likeliest(logits: Tensor, logprobs: Tensor, count: int) -> list[tuple[int, float]]:
+    """Ids and log-probabilities of the `count` likeliest tokens of a row, likeliest first; equal
+    logits in the order of their ids."""
+    count = min(count, len(logits))
+    if count == 0:
+        return []
+    row = logits.numpy()
+    ids = np.flatnonzero(row >= float(logits.topk(count).values[-1]))
+    ids = ids[np.argsort(-row[ids], kind="stable")][:count]
+    return list(zip(ids.tolist(), logprobs.numpy()[ids].tolist(), strict=True))
+
+
 def _add_biases(logits: Tensor, biases: Mapping[int, float]) -> None:
     """Add to one row [vocab_size], in place; a token that cannot be sampled stays so."""
     ids = torch.tensor(list(biases), dtype=torch.int64)
@@ -191,10 +205,11 @@ def _add_biases(logits: Tensor, biases: Mapping[int, float]) -> None:
 def changes_logits(request: Request) -> bool:
     """Whether the likeliest token may be another one than the model's."""
     params = request.params
-    return _has_penalty(request) or bool(params.logit_bias) or params.grammar is not None
+    return has_penalty(request) or bool(params.logit_bias) or params.grammar is not None
 
 
-def _has_penalty(request: Request) -> bool:
+def has_penalty(request: Request) -> bool:
+    """Whether tokens that were seen count."""
     params = request.params
     return (
         params.repetition_penalty != 1.0

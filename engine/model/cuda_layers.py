@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,29 +52,40 @@ class TritonProduct(Product):
     only where two tiles give the same bits, which is tried and not assumed."""
 
     def __init__(
-        self, linear: nn.Linear, activation: Activation | None, wide: ProductTile | None = None
+        self,
+        linear: nn.Linear,
+        activation: Activation | None,
+        wide: ProductTile | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
-        """wide: the tile for many rows; None: the narrow one. See `find_wide`."""
+        """wide: the tile for many rows; None: the narrow one. See `find_wide`. out_dtype: None:
+        that of the rows."""
         self._weight = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._activation = activation
+        self._out_dtype = out_dtype or self._weight.dtype
         self._out_features, self._in_features = self._weight.shape
         self.narrow = narrow_tile(self._out_features)
         self.wide = wide or self.narrow
 
     def find_wide(self, tiles: Sequence[ProductTile]) -> ProductTile:
-        """The first of the tiles that gives the narrow one's bits, in batches that fill it and that
-        do not; else the narrow one."""
+        """The first of the tiles that gives the narrow one's bits in float32, in batches that fill
+        it and that do not; else the narrow one."""
         if not tiles:
             return self.narrow
         weight = self._weight
         generator = torch.Generator(weight.device).manual_seed(0)
         rows = torch.randn((128, self._in_features), generator=generator, device=weight.device)
         rows = rows.to(weight.dtype)
-        expected = self.compute(rows, self.narrow)
+
+        def computed(num_rows: int, tile: ProductTile) -> Tensor:
+            # Rounding to a smaller type hides most differences, but not always.
+            return self.compute(rows[:num_rows], tile, out_dtype=torch.float32)
+
+        expected = computed(len(rows), self.narrow)
         for tile in tiles:
             counts = (len(rows), tile.rows + 1, 1)
-            if all(torch.equal(self.compute(rows[:n], tile), expected[:n]) for n in counts):
+            if all(torch.equal(computed(count, tile), expected[:count]) for count in counts):
                 return tile
         return self.narrow
 
@@ -86,10 +98,17 @@ class TritonProduct(Product):
         tile = self.narrow if len(rows) <= FEW_ROWS else self.wide
         return self.compute(rows, tile, residual.contiguous())
 
-    def compute(self, rows: Tensor, tile: ProductTile, residual: Tensor | None = None) -> Tensor:
-        """The product by a given tile."""
+    def compute(
+        self,
+        rows: Tensor,
+        tile: ProductTile,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The product by a given tile. out_dtype: None: the usual one."""
         rows = rows.contiguous()
-        out = torch.empty((len(rows), self._out_features), dtype=rows.dtype, device=rows.device)
+        shape = (len(rows), self._out_features)
+        out = torch.empty(shape, dtype=out_dtype or self._out_dtype, device=rows.device)
         grid = (-(-len(rows) // tile.rows), -(-self._out_features // tile.out))
         product_kernels.product[grid](
             rows,
@@ -182,16 +201,19 @@ def serve_norm(norm: nn.Module) -> nn.Module:
 
 def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
     """Replace blocks, last norm and head of a loaded model, in place; it can no longer be trained.
+    Its logits are float32.
 
     wide: tiles to try for many rows, once for each shape of weight.
     """
     found: dict[tuple[int, int], ProductTile] = {}
 
-    def make_product(linear: nn.Linear, activation: Activation | None) -> TritonProduct:
+    def make_product(
+        linear: nn.Linear, activation: Activation | None, out_dtype: torch.dtype | None = None
+    ) -> TritonProduct:
         shape = (linear.in_features, linear.out_features)
         if shape not in found:
             found[shape] = TritonProduct(linear, None).find_wide(wide)
-        return TritonProduct(linear, activation, found[shape])
+        return TritonProduct(linear, activation, found[shape], out_dtype)
 
     for at, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -200,4 +222,6 @@ def use_triton(model: GPT2, wide: Sequence[ProductTile] = WIDE_TILES) -> None:
                 setattr(block.qk_norm, name, serve_norm(norm))
         model.blocks[at] = TritonBlock(block, model.config.activation, make_product)
     model.norm = serve_norm(model.norm)
-    model.add_module("head", PackedLinear(model.head, None, make_product))
+    # The likeliest logits of a vocabulary lie closer together than bfloat16 can tell.
+    make_logits = partial(make_product, out_dtype=torch.float32)
+    model.add_module("head", PackedLinear(model.head, None, make_logits))

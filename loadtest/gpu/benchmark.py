@@ -16,16 +16,29 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.config import SchedulerConfig
+from engine.execution.sampling_tensors import SamplingTensors
 from engine.model.attention.base import AttentionMetadata, KVCache
 from engine.model.attention.triton import WIDE_TILES, Tile, TritonBackend, find_wide_tile
 from engine.model.cuda_layers import WIDE_TILES as PRODUCT_TILES
 from engine.model.cuda_layers import TritonProduct, narrow_tile, use_triton
 from engine.model.profiles import ProfileTables
+from engine.params import SamplingParams
+from engine.request import Request
 from engine.scaling import UNSCALED
-from loadtest.gpu.engine import BareEngine, random_model
+from loadtest.gpu.engine import GREEDY, BareEngine, random_model
 from loadtest.gpu.peers import hugging_face, theirs_continuous, theirs_generate
 from loadtest.gpu.report import Report
 from loadtest.gpu.stand import Shape, Stand
+
+SAMPLED = {
+    "greedy": GREEDY,
+    "drawn": SamplingParams(),
+    "top_k_and_top_p": SamplingParams(top_k=50, top_p=0.9),
+    "penalties": SamplingParams(temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.1),
+    "biases": SamplingParams(temperature=0.0, logit_bias=dict.fromkeys(range(20), 1.0)),
+    "logprobs_5": SamplingParams(temperature=0.0, logprobs=5),
+}
+"""What is asked of the sampler."""
 
 
 def copy_gb_s(stand: Stand) -> float:
@@ -172,22 +185,29 @@ class Served:
         prompts = torch.randint(0, self.stand.config.vocab_size, shape, generator=generator)
         return [[int(token) for token in prompt] for prompt in prompts.tolist()]
 
-    def device_step_ms(self, num_seqs: int, context: int) -> float:
+    def device_step_ms(self, num_seqs: int, context: int, params: SamplingParams = GREEDY) -> float:
         """A decode step's graph alone, over rows that stand at `context` and the tokens behind."""
         state, rows = self.engine.state, list(range(num_seqs))
-        state.put(
-            rows,
-            {
-                "positions": np.full(num_seqs, context, np.int32),
-                "temperature": np.zeros(num_seqs, np.float32),
-            },
-        )
+        at = state.put(rows, {"positions": np.full(num_seqs, context, np.int32)})
         tables = [list(range(row * self.pages, (row + 1) * self.pages)) for row in rows]
         state.put_tables(rows, tables)
+        requests = [
+            Request(str(row), prompt, params, seed=row, max_tokens=1, stop_token_ids=frozenset())
+            for row, prompt in enumerate(self.prompts(num_seqs, context))
+        ]
+        wanted = SamplingTensors.of(requests, self.stand.config.vocab_size, at.device)
         with torch.inference_mode():
+            state.sampling.take_over(at, wanted, torch.arange(num_seqs, device=at.device), 0 * at)
             time_ms = self.stand.milliseconds(lambda: self.engine.graphs.launch(num_seqs))
         state.put(rows, {"num_blocks": np.zeros(num_seqs, np.int32)})
         return time_ms
+
+    def sampling_us(self, num_seqs: int) -> dict[str, Any]:
+        """A decode step's graph alone by what all of its rows ask of the sampler."""
+        return {
+            name: round(1000 * self.device_step_ms(num_seqs, self.stand.prompts[0], params), 1)
+            for name, params in SAMPLED.items()
+        }
 
     def tokens_per_s(self, copy: float, num_seqs: int, prompt: int) -> dict[str, Any]:
         """Generation; its decode steps beside the graph alone (the rest is the host's) and beside
@@ -249,6 +269,9 @@ def measure_engine(report: Report, stand: Stand, copy: float) -> Served | None:
         for num_seqs in stand.batches:
             work = partial(made[0].tokens_per_s, copy, num_seqs, prompt)
             report.measure(f"engine, {num_seqs} x ({prompt} + {stand.output})", work)
+    for num_seqs in stand.batches:
+        work = partial(made[0].sampling_us, num_seqs)
+        report.measure(f"engine, a step of {num_seqs} by its sampling, us", work)
     report.measure("engine, graphs in the end", lambda: {"graphs": made[0].engine.runner.name})
     return made[0]
 

@@ -100,7 +100,7 @@ class BareEngine:
         self.eager = ModelRunner(model, self.backend, sampler, InputBatch(rows, pages))
         self.runner: Runner = self.eager
         if recorder is not None:
-            self.state = DecodeState(rows, pages, block_size, device)
+            self.state = DecodeState(rows, pages, block_size, config.vocab_size, device)
             on_device = DeviceSampler(config.vocab_size, device=device)
             step = DecodeStep(model, self.backend, on_device, self.state)
             self.graphs = DecodeGraphs(step, self.state, recorder)

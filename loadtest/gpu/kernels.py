@@ -6,19 +6,24 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import Activation, ModelConfig
-from engine.execution.device_sampler import DeviceSampler, SamplingTensors
+from engine.execution.device_sampler import WIDTH, DeviceSampler, read_logprobs
+from engine.execution.sampler import Sampler
+from engine.execution.sampling_tensors import SamplingTensors
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from engine.model.attention.reference import ReferenceBackend
 from engine.model.attention.triton import WIDE_TILES, TritonBackend
 from engine.model.cuda_layers import WIDE_TILES as PRODUCT_TILES
 from engine.model.cuda_layers import TritonNorm, TritonProduct
 from engine.model.profiles import ProfileTables
+from engine.params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
+from engine.request import Request
 from engine.scaling import UNSCALED, RopeScaling
 from loadtest.gpu.report import Report
 from loadtest.gpu.scale import Scale, close, same
@@ -57,6 +62,12 @@ class Case:
         self.num_blocks = sum(counts) + 1
         self.tables = torch.randperm(sum(counts), generator=generator).split(counts)  # type: ignore[no-untyped-call]  # torch has no types here
 
+    @overload
+    def backend(self, make: type[ReferenceBackend]) -> ReferenceBackend: ...
+
+    @overload
+    def backend(self, make: partial[TritonBackend]) -> TritonBackend: ...
+
     def backend(self, make: type[ReferenceBackend] | partial[TritonBackend]) -> AttentionBackend:
         """Over zeroed pages; the reference's are on the CPU."""
         device = "cpu" if make is ReferenceBackend else self.device
@@ -78,9 +89,16 @@ class Case:
         """All rows in one step."""
         return [(seq, 0, len(rows)) for seq, rows in enumerate(self.qkv)]
 
-    def run(self, backend: AttentionBackend, steps: Sequence[Sequence[Chunk]]) -> Tensor:
-        """Outputs of all rows in order, on the CPU, however they were cut."""
-        out = [torch.empty_like(rows[:, : self.config.hidden_size]) for rows in self.qkv]
+    def run(
+        self,
+        backend: AttentionBackend,
+        steps: Sequence[Sequence[Chunk]],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Outputs of all rows in order, on the CPU, however they were cut. dtype: None: that of
+        the rows."""
+        width = self.config.hidden_size
+        out = [torch.empty_like(rows[:, :width], dtype=dtype) for rows in self.qkv]
         for chunks in steps:
             rows = torch.cat([self.qkv[seq][first:end] for seq, first, end in chunks])
             device = backend.cache.keys[0].device
@@ -137,11 +155,18 @@ def attention_agrees(case: Case) -> str:
     return words[0]
 
 
+def unrounded(case: Case, make: partial[TritonBackend], steps: Sequence[Sequence[Chunk]]) -> Tensor:
+    """Outputs in float32: rounding would hide most differences."""
+    backend = case.backend(make)
+    backend.out_dtype = torch.float32
+    return case.run(backend, steps, torch.float32)
+
+
 def attention_is_exact(case: Case) -> str:
     """Whole, chunked, token by token, alone and together, joined and split: the same bits."""
     whole = [case.whole()]
-    expected = case.run(case.backend(JOINED), whole)
-    same(case.run(case.backend(SPLIT), whole), expected, "split by pages")
+    expected = unrounded(case, JOINED, whole)
+    same(unrounded(case, SPLIT, whole), expected, "split by pages")
     longest = max(range(len(case.qkv)), key=lambda seq: len(case.qkv[seq]))
     others = [chunk for chunk in case.whole() if chunk[0] != longest]
     length = len(case.qkv[longest])
@@ -159,18 +184,18 @@ def attention_is_exact(case: Case) -> str:
         ],
     }
     for name, plan in plans.items():
-        same(case.run(case.backend(JOINED), plan), expected, name)
+        same(unrounded(case, JOINED, plan), expected, name)
     return f"{len(expected)} rows, no bit differs"
 
 
 def wide_tiles(scale: Scale, dtype: torch.dtype) -> str:
-    """Not a matter of right or wrong: which tiles for prompts give the narrow one's bits."""
+    """Not a matter of right or wrong: which tiles for prompts give the narrow one's bits, in
+    float32."""
     case = Case(scale, 64 if scale.device != "cpu" else 32, 32, scale.block_sizes[-1], dtype)
-    expected = case.run(case.backend(JOINED), [case.whole()])
-    found = []
+    expected, found = unrounded(case, JOINED, [case.whole()]), []
     for tile in WIDE_TILES:
-        wide = case.run(case.backend(partial(JOINED, wide=tile)), [case.whole()])
-        close(wide, expected)
+        wide = unrounded(case, partial(JOINED, wide=tile), [case.whole()])
+        close(wide.to(dtype), expected.to(dtype))
         found.append(f"{tile.rows} rows by {tile.num_warps} warps: {torch.equal(wide, expected)}")
     return "; ".join(found)
 
@@ -193,10 +218,11 @@ def product_agrees(
     tried = () if scale.device == "cpu" else PRODUCT_TILES
     served = TritonProduct(placed, activation, TritonProduct(placed, None).find_wide(tried))
     rows = rows.to(scale.device)
-    whole = served(rows)
-    word = close(whole, expected)
+    word = close(served(rows), expected)
+    in_float32 = TritonProduct(placed, activation, served.wide, torch.float32)
+    whole = in_float32(rows)
     for count in scale.num_rows:
-        same(served(rows[-count:]), whole[-count:], f"{count} rows")
+        same(in_float32(rows[-count:]), whole[-count:], f"{count} rows")
     tile = served.wide
     return f"{word}; many rows: {tile.rows} x {tile.out} by {tile.num_warps} warps"
 
@@ -229,9 +255,9 @@ def sampler_draws(scale: Scale) -> str:
     params.temperature.fill_(1.0)
 
     def frequencies() -> Tensor:
-        tokens = torch.zeros(count, dtype=torch.int32, device=scale.device)
-        DeviceSampler(size, device=scale.device).sample(rows, params, tokens)
-        return torch.bincount(tokens.cpu(), minlength=size).double()
+        sampled = torch.zeros((count, WIDTH), dtype=torch.int32, device=scale.device)
+        DeviceSampler(size, device=scale.device).sample(rows, params, sampled)
+        return torch.bincount(sampled[:, 0].cpu(), minlength=size).double()
 
     expected = logits.double().softmax(0) * count
     square = float(((frequencies() - expected) ** 2 / expected).sum())
@@ -245,6 +271,60 @@ def sampler_draws(scale: Scale) -> str:
     params.temperature.fill_(0.0)
     assert frequencies()[0] == count, "temperature 0 is not greedy"
     return f"chi-squared {square:.1f} over {count} draws"
+
+
+def some_changes(vocab_size: int) -> list[Request]:
+    """Requests with every kind of change to the logits, and log-probabilities wanted."""
+    kinds: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.7},
+        {"frequency_penalty": 0.6, "presence_penalty": -0.3},
+        {"logit_bias": {at: at / 50 for at in range(min(vocab_size, MAX_BIASES))}},
+        {"frequency_penalty": 0.9, "repetition_penalty": 0.6, "logit_bias": {3: 5.5, 7: -100.0}},
+        {},
+    ]
+    generator = torch.Generator().manual_seed(2)
+    return [
+        Request(
+            str(at),
+            torch.randint(0, vocab_size, (50,), generator=generator).tolist(),
+            SamplingParams(temperature=0.0, logprobs=min(at * 7, MAX_LOGPROBS), **changes),
+            seed=0,
+            max_tokens=999,
+            stop_token_ids=frozenset(),
+            output_token_ids=torch.randint(0, vocab_size, (90,), generator=generator).tolist(),
+        )
+        for at, changes in enumerate(kinds)
+    ]
+
+
+def sampler_changes(scale: Scale) -> str:
+    """Penalties, biases and log-probabilities beside the host's sampler; a row alone and among
+    others, to the bit."""
+    vocab = scale.sampled_vocab
+    requests = some_changes(vocab)
+    logits = 3 * torch.randn(len(requests), vocab + 7, generator=torch.Generator().manual_seed(3))
+    device = torch.device(scale.device)
+
+    def sampled(first: int, end: int) -> Tensor:
+        params = SamplingTensors.of(requests[first:end], vocab, device)
+        out = torch.zeros((end - first, WIDTH), dtype=torch.int32, device=device)
+        DeviceSampler(vocab, [1], device).sample(logits[first:end].to(device), params, out)
+        return out.cpu()
+
+    whole = sampled(0, len(requests))
+    expected = Sampler(vocab, [1]).sample(logits.clone(), requests)
+    furthest = 0.0
+    for row, (request, token) in enumerate(zip(requests, expected, strict=True)):
+        assert whole[row, 0] == token.token_id, f"row {row}: another token than the host's"
+        told = read_logprobs(whole[row].numpy(), request.params.logprobs or 0)
+        assert token.logprobs is not None
+        assert [each for each, _ in told.top] == [each for each, _ in token.logprobs.top]
+        ours = [told.logprob, *(value for _, value in told.top)]
+        theirs = [token.logprobs.logprob, *(value for _, value in token.logprobs.top)]
+        furthest = max(furthest, *(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
+        same(sampled(row, row + 1), whole[row : row + 1], f"row {row} alone")
+    assert furthest < 1e-5, f"log-probabilities are {furthest:.1e} off the host's"
+    return f"the host's {len(requests)} tokens; log-probabilities within {furthest:.1e}"
 
 
 def check_kernels(report: Report, scale: Scale) -> None:
@@ -271,3 +351,4 @@ def check_kernels(report: Report, scale: Scale) -> None:
             work = partial(product_agrees, scale, shape, dtype, activation)
             report.check(f"product {shape[0]} to {shape[1]}: {dtype}", work)
     report.check("sampler", partial(sampler_draws, scale))
+    report.check("sampler: penalties, biases, log-probabilities", partial(sampler_changes, scale))

@@ -31,6 +31,7 @@ class Scale:
     products: Sequence[tuple[int, int]] = ((768, 2304), (768, 768), (3072, 768), (768, 50304))
     num_rows: Sequence[int] = (1, 2, 3, 16, 17, 33, 64, 100, 257, 512)
     draws: int = 20_000
+    sampled_vocab: int = 50_257
     prompt: int = 70
     output: int = 24
     budgets: Sequence[int] = (512, 7)
@@ -49,6 +50,7 @@ SMALL = Scale(
     products=((48, 24),),
     num_rows=(1, 17),
     draws=3,
+    sampled_vocab=60,
     prompt=15,
     output=3,
     budgets=(20,),

@@ -84,12 +84,15 @@ def agrees_with_a_recompute(scale: Scale, make_recorder: MakeRecorder) -> str:
 
 
 def some_requests(scale: Scale) -> list[Wanted]:
-    """Greedy, drawn, filtered, and one whose tokens the host must choose."""
+    """Greedy, drawn, filtered; with penalties, with biases; told of their log-probabilities."""
     kinds = (
         GREEDY,
         SamplingParams(temperature=0.8, seed=1),
         SamplingParams(temperature=1.2, top_k=20, top_p=0.9, min_p=0.02, seed=2**63 + 5),
         SamplingParams(temperature=1.0, frequency_penalty=0.3, seed=3),
+        SamplingParams(
+            temperature=0.0, repetition_penalty=1.3, logit_bias={3: 2.0, 5: -9.0}, logprobs=2
+        ),
     )
     prompts = random_prompts(scale, len(kinds))
     return [
@@ -126,6 +129,29 @@ def graphs_change_nothing(scale: Scale, make_recorder: MakeRecorder) -> str:
     preemptions = engine.scheduler.stats.preemptions
     assert preemptions > 0, "the pool was too large for this check"
     return f"{sum(map(len, expected.values()))} tokens, {preemptions} preemptions"
+
+
+def nothing_waits(scale: Scale, make_recorder: MakeRecorder) -> str:
+    """From its prompt to its end a request has the host wait for its tokens and for nothing else:
+    a copy for which PyTorch itself waits is an error."""
+    on_cpu = scale.device == "cpu"
+    requests = some_requests(scale)[-1 if on_cpu else 0 :]
+    engine = make_engine(
+        placed(scale, torch.bfloat16), scale, make_recorder(), num_blocks=64, budget=512
+    )
+
+    def generate() -> int:
+        done = [engine.generate([prompt], count, params) for prompt, count, params in requests]
+        return sum(len(tokens) for each in done for tokens in each.tokens)
+
+    generate()  # kernels are compiled, graphs recorded, tables of turns made
+    if on_cpu:
+        return "not tried: without a GPU there is nothing to wait for"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return f"{generate()} tokens"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def logits_are_exact(scale: Scale) -> str:
@@ -166,4 +192,5 @@ def check_tokens(report: Report, scale: Scale, make_recorder: MakeRecorder) -> N
     """Everything, one after the other."""
     report.check("engine's tokens", partial(agrees_with_a_recompute, scale, make_recorder))
     report.check("engine by graphs", partial(graphs_change_nothing, scale, make_recorder))
+    report.check("host waits for tokens only", partial(nothing_waits, scale, make_recorder))
     report.check("network's bits", partial(logits_are_exact, scale))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.execution.kernels.penalties import is_adjusted
+
 NO_TOKEN = tl.constexpr(2**31 - 1)
 NOT_FINITE = tl.constexpr(-1)
 """What stands for a token where the logits are NaN or infinite."""
@@ -56,9 +58,79 @@ def weight(distance, bits, limit):
 
 
 @triton.jit
-def sample(
+def limit_by_number(
     logits,
     allowed,
+    best,
+    temperature,
+    top_k,
+    limit,
+    vocab_size: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The least bits such that top_k tokens are within them."""
+    low = tl.full([], 0, tl.int32)
+    for _ in range(BITS):
+        middle = low + (limit - low) // 2
+        count = tl.full([], 0, tl.int32)
+        for start in range(0, vocab_size, block):
+            _distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
+            count += tl.sum((bits <= middle).to(tl.int32), 0)
+        enough = count >= top_k
+        limit = tl.where(enough, middle, limit)
+        low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+    return limit
+
+
+@triton.jit
+def mass_within(
+    logits,
+    allowed,
+    best,
+    temperature,
+    limit,
+    vocab_size: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The sum of the weights up to a limit, float64."""
+    mass = tl.full([], 0.0, tl.float64)
+    for start in range(0, vocab_size, block):
+        distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
+        mass += tl.sum(weight(distance, bits, limit), 0)
+    return mass
+
+
+@triton.jit
+def limit_by_mass(
+    logits,
+    allowed,
+    best,
+    temperature,
+    top_p,
+    limit,
+    vocab_size: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The least bits such that the tokens within them have top_p of the mass within the limit."""
+    needed = top_p * mass_within(logits, allowed, best, temperature, limit, vocab_size, block)
+    low = tl.full([], 0, tl.int32)
+    for _ in range(BITS):
+        middle = low + (limit - low) // 2
+        mass = mass_within(logits, allowed, best, temperature, middle, vocab_size, block)
+        enough = mass >= needed
+        limit = tl.where(enough, middle, limit)
+        low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+    return limit
+
+
+@triton.jit
+def sample(
+    logits,
+    adjusted,
+    allowed,
+    present,
+    penalties,
+    num_biases,
     temperatures,
     top_ks,
     top_ps,
@@ -66,13 +138,19 @@ def sample(
     seeds,
     indices,
     choices,
-    tokens,
+    sampled,
     logits_stride,
+    sampled_stride,
     vocab_size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A token for each row, int32; NOT_FINITE where there is none. grid (num_rows,)."""
+    """A token for each row that is present, int32; NOT_FINITE where there is none. Rows with
+    biases or penalties are read from `adjusted`. grid (num_rows,)."""
     row = tl.program_id(0)
+    if tl.load(present + row) == 0:
+        return
+    to = sampled + row * sampled_stride
+    logits = tl.where(is_adjusted(present, penalties, num_biases, row), adjusted, logits)
     logits += row.to(tl.int64) * logits_stride
     best = tl.full([], float("-inf"), tl.float32)
     token = tl.full([], NO_TOKEN, tl.int32)
@@ -87,43 +165,20 @@ def sample(
         token = tl.where(highest > best, first, token)
         best = tl.maximum(best, highest)
     if (wrong != 0) | (best == float("-inf")):
-        tl.store(tokens + row, NOT_FINITE)
+        tl.store(to, NOT_FINITE)
         return
     temperature = tl.load(temperatures + row)
     if temperature == 0.0:
-        tl.store(tokens + row, token)
+        tl.store(to, token)
         return
 
     limit = tl.full([], INFINITY_BITS - 1, tl.int32)
     top_k = tl.load(top_ks + row)
     if (top_k > 0) & (top_k < vocab_size):
-        low = tl.full([], 0, tl.int32)
-        for _ in range(BITS):
-            middle = low + (limit - low) // 2
-            count = tl.full([], 0, tl.int32)
-            for start in range(0, vocab_size, block):
-                distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
-                count += tl.sum((bits <= middle).to(tl.int32), 0)
-            enough = count >= top_k
-            limit = tl.where(enough, middle, limit)
-            low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+        limit = limit_by_number(logits, allowed, best, temperature, top_k, limit, vocab_size, block)
     top_p = tl.load(top_ps + row)
     if top_p < 1.0:
-        mass = tl.full([], 0.0, tl.float64)
-        for start in range(0, vocab_size, block):
-            distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
-            mass += tl.sum(weight(distance, bits, limit), 0)
-        needed = top_p * mass
-        low = tl.full([], 0, tl.int32)
-        for _ in range(BITS):
-            middle = low + (limit - low) // 2
-            mass = tl.full([], 0.0, tl.float64)
-            for start in range(0, vocab_size, block):
-                distance, bits = below(logits, allowed, start, best, temperature, vocab_size, block)
-                mass += tl.sum(weight(distance, bits, middle), 0)
-            enough = mass >= needed
-            limit = tl.where(enough, middle, limit)
-            low = tl.where(enough, low, tl.minimum(middle + 1, limit))
+        limit = limit_by_mass(logits, allowed, best, temperature, top_p, limit, vocab_size, block)
 
     # The likeliest token's weight is 1, so min-p needs no maximum.
     min_p = tl.load(min_ps + row).to(tl.float64)
@@ -147,4 +202,4 @@ def sample(
         last = tl.maximum(last, tl.max(tl.where(each > 0.0, at, 0), 0))
         mass += tl.sum(each, 0)
     # Rounding may leave the target beyond the last sum: then it is the last token that counts.
-    tl.store(tokens + row, tl.where(chosen == NO_TOKEN, last, chosen))
+    tl.store(to, tl.where(chosen == NO_TOKEN, last, chosen))

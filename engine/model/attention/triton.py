@@ -79,6 +79,7 @@ class TritonBackend(AttentionBackend):
         check_shapes("the Triton kernels", config, cache, DTYPES)
         self.narrow = narrow_tile(config.head_dim, self.dtype)
         self.wide = wide or self.narrow
+        self.out_dtype = self.dtype
         self._device = cache.keys[0].device
         if num_processors is None:
             num_processors = torch.cuda.get_device_properties(self._device).multi_processor_count
@@ -161,6 +162,7 @@ def find_wide_tile(config: ModelConfig, cache: KVCache) -> Tile | None:
     def attended(wide: Tile | None) -> Tensor:
         pages = KVCache.allocate(one_layer, num_blocks, size, dtype, device, dimensions_last=True)
         backend = TritonBackend(one_layer, profiles, pages, wide=wide)
+        backend.out_dtype = torch.float32  # rounding hides most differences, but not always
         backend.put_profile(0, UNSCALED, num_rows)
         return backend.forward(0, qkv, metadata)
 
@@ -220,7 +222,7 @@ class _TritonStep:
             )
         places = _strides(keys, values)
         self._store(layer, qkv, keys, values, places)
-        out = torch.empty(num_rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty(num_rows, heads * dim, dtype=backend.out_dtype, device=qkv.device)
         split = self._parts > 1
         rows = num_rows if split else 0
         parts = rows * heads * self._max_blocks

@@ -30,7 +30,7 @@ def emulates(dtype: torch.dtype) -> bool:
 @triton.jit
 def rounded(x, dtype: tl.constexpr, emulated: tl.constexpr):
     """float32 -> dtype, to the nearest, ties to even."""
-    if emulated:
+    if emulated and dtype != tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.execution.cuda_graphs import NOT_RUN, DecodeGraphs, DecodeState, DecodeStep
-from engine.execution.device_sampler import DeviceSampler
+from engine.execution.device_sampler import WIDTH, DeviceSampler
+from engine.execution.kernels import step as step_kernels
+from engine.execution.sampling_tensors import SamplingTensors
 from engine.model.attention.base import KVCache
 from engine.model.attention.reference import NaiveAttention
 from engine.model.attention.triton import TritonBackend
@@ -47,7 +51,7 @@ class Counting:
     def __call__(self, num_rows: int) -> None:
         present = self.state.num_blocks[:num_rows] > 0
         self.calls.append((num_rows, present.nonzero()[:, 0].tolist()))
-        self.state.sampled[:num_rows] = torch.where(present, self.state.positions[:num_rows], -2)
+        self.state.sampled[:num_rows, 0] = torch.where(present, self.state.positions[:num_rows], -2)
         self.state.positions[:num_rows] += present
 
 
@@ -56,7 +60,7 @@ def int32(*values: int) -> NDArray[np.int32]:
 
 
 def test_buckets_are_recorded_once_when_first_needed_and_change_nothing() -> None:
-    state, recorder = DecodeState(12, 3, SIZE, "cpu"), Recorder()
+    state, recorder = DecodeState(12, 3, SIZE, 30, "cpu"), Recorder()
     step = Counting(state)
     graphs = DecodeGraphs(step, state, recorder)
     assert graphs.buckets == [1, 2, 4, 8, 12]
@@ -77,7 +81,7 @@ def test_buckets_are_recorded_once_when_first_needed_and_change_nothing() -> Non
 
 
 def test_graphs_are_recorded_ahead_for_so_long_and_one_in_any_case() -> None:
-    state = DecodeState(12, 3, SIZE, "cpu")
+    state = DecodeState(12, 3, SIZE, 30, "cpu")
     graphs = DecodeGraphs(Counting(state), state, Recorder())
     graphs.record_ahead(0.0)
     assert graphs.num_recorded == 1
@@ -89,7 +93,7 @@ def test_graphs_are_recorded_ahead_for_so_long_and_one_in_any_case() -> None:
 
 
 def test_rows_are_taken_from_below_and_leave_nobody_behind() -> None:
-    state = DecodeState(3, 2, SIZE, "cpu")
+    state = DecodeState(3, 2, SIZE, 30, "cpu")
     assert [state.take() for _ in range(3)] == [0, 1, 2]
     with pytest.raises(IndexError):
         state.take()
@@ -101,7 +105,7 @@ def test_rows_are_taken_from_below_and_leave_nobody_behind() -> None:
 
 
 def test_a_row_is_written_in_place() -> None:
-    state = DecodeState(4, 5, SIZE, "cpu")
+    state = DecodeState(4, 5, SIZE, 30, "cpu")
     addresses = {name: tensor.data_ptr() for name, tensor in state.tensors.items()}
     at = state.put(
         [3, 1],
@@ -138,7 +142,7 @@ def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
         tables = ProfileTables(config, SIZE)
         backend = TritonBackend(config, tables, cache, num_processors=0)
         backend.put_profile(0, UNSCALED, config.max_position)
-        state = DecodeState(3, 2, SIZE, "cpu")
+        state = DecodeState(3, 2, SIZE, config.vocab_size, "cpu")
         sampler = DeviceSampler(config.vocab_size, device="cpu")
         graphs = DecodeGraphs(DecodeStep(model, backend, sampler, state), state, Recorder(), (3,))
         # Row 1 feeds its prompt a token at a time; row 0 is absent, row 2 is out of pages.
@@ -149,7 +153,7 @@ def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
         for at in range(len(expected) - 1):
             state.put([1], {"token_ids": np.array([tokens[at]])})
             graphs.launch(3)
-            first, token, last = state.sampled.tolist()
+            first, token, last = state.sampled[:, 0].tolist()
             assert (first, last) == (NOT_RUN, NOT_RUN)
             if at >= len(known) - 1:
                 tokens.append(token)
@@ -158,3 +162,82 @@ def test_a_whole_step_decodes_what_a_full_recompute_does() -> None:
     assert state.sampling.index.tolist() == [0, len(expected) - 1, 0]
     assert state.token_ids.tolist() == [0, expected[-1], 9]
     assert not cache.keys[0][[0, 1, 3]].any()
+
+
+HELD = (
+    "empty empty_like empty_strided arange embedding slice select view reshape unbind flatten stack"
+)
+"""What of torch a graph may hold beside Triton's kernels: nothing that needs the host."""
+
+INTERPRETERS_OWN = "set_ new_empty copy_"
+
+
+class Calls(TorchDispatchMode):
+    """Writes down which operations of torch are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # torch's own
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        self.names.add(func.name().removeprefix("aten::").split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "before"])
+def test_a_step_calls_nothing_that_a_graph_cannot_hold(qk_norm: str) -> None:
+    config = tiny_config(num_layers=1, qk_norm=qk_norm)
+    model = random_model(config)
+    with torch.inference_mode():
+        use_triton(model, wide=())
+        cache = KVCache.allocate(config, 4, SIZE, torch.float32, dimensions_last=True)
+        tables = ProfileTables(config, SIZE)
+        backend = TritonBackend(config, tables, cache, num_processors=10**6)  # split by pages
+        backend.put_profile(0, UNSCALED, config.max_position)
+        state = DecodeState(3, 2, SIZE, config.vocab_size, "cpu")
+        state.put([1], {"num_blocks": int32(1)})
+        step = DecodeStep(model, backend, DeviceSampler(config.vocab_size, device="cpu"), state)
+        with Calls() as calls:
+            step(3)
+    assert calls.names - set(INTERPRETERS_OWN.split()) <= set(HELD.split())
+    assert "embedding" in calls.names
+
+
+def test_a_step_counts_the_tokens_of_rows_with_penalties() -> None:
+    """Of those that are present and got one; the others' counts are left as they are."""
+    sampling = SamplingTensors.vacant(5, 7, "cpu")
+    sampling.penalties[[0, 1, 2]] = torch.tensor([1.0, 0.5, 0.0])
+    sampling.penalties[4] = torch.tensor([1.0, 0.0, -0.5])
+    sampling.present.copy_(torch.tensor([2, 0, 1, 1, 1]))  # 1: absent, 3: no penalty
+    sampling.counts[0, 6] = 3
+    before = sampling.counts.clone()
+    token_ids, positions = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    for tokens in ((6, 4, -1, 5, 2), (0, 4, 3, 5, 2)):
+        sampled = torch.tensor(tokens, dtype=torch.int32)[:, None].repeat(1, WIDTH)
+        step_kernels.advance[(5,)](
+            sampling.present,
+            sampled,
+            token_ids,
+            positions,
+            sampling.index,
+            sampling.penalties,
+            sampling.counts,
+            WIDTH,
+            counts_width=sampling.counts.shape[1],
+            not_run=NOT_RUN,
+            num_warps=1,
+        )
+        assert sampled[:, 0].tolist() == [tokens[0], NOT_RUN, *tokens[2:]]
+        assert (sampled[:, 1:] == sampled.new_tensor(tokens)[:, None]).all()
+    gained = (sampling.counts - before).nonzero().tolist()
+    assert gained == [[0, 0], [0, 6], [2, 3], [4, 2]]
+    assert sampling.counts[0, [0, 6]].tolist() == [2, 5]
+    assert sampling.counts[4, 2] == 4
+    assert sampling.index.tolist() == positions.tolist() == [2, 0, 2, 2, 2]
+    assert token_ids.tolist() == [0, 0, 3, 5, 2]

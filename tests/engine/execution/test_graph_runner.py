@@ -20,53 +20,81 @@ from engine import core
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.execution.cuda_graphs import NOT_RUN, DecodeGraphs, DecodeState
-from engine.execution.device_sampler import SamplingTensors
 from engine.execution.graph_runner import GraphRunner
 from engine.execution.journal import StepJournal
 from engine.execution.runner import InputBatch, ModelRunner
 from engine.execution.sampler import Sampler
+from engine.execution.sampling_tensors import SamplingTensors
 from engine.execution.transfer import Download
 from engine.grammar import INSTALLED as GRAMMARS
 from engine.messages import AddRequest, EngineOutput
 from engine.model.attention.base import AttentionBackend, AttentionMetadata, KVCache
 from engine.model.gpt2 import GPT2
-from engine.params import Grammar, SamplingParams
+from engine.params import MAX_LOGPROBS, Grammar, SamplingParams
 from engine.request import Request, Targets, Window
 from engine.scaling import RopeScaling
 from tests.models import EOS, tiny_config
 
 SIZE = 16
 CONFIG = tiny_config()
+LETTERS = Grammar("regex", "[a-z]{30,}")
 PAGE = KVCache.bytes_per_block(CONFIG, SIZE, torch.float32)
 
 
 class HostTokens:
-    """A DeviceSampler that draws as `Sampler` does."""
+    """A DeviceSampler that draws as `Sampler` does, from what the device knows."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
 
-    def sample(self, logits: Tensor, params: SamplingTensors, tokens: Tensor) -> None:
-        requests = [
-            Request(
-                "any",
-                [0],
-                SamplingParams(
-                    temperature=float(params.temperature[row]),
-                    top_k=int(params.top_k[row]),
-                    top_p=float(params.top_p[row]),
-                    min_p=float(params.min_p[row]),
-                ),
-                seed=int(params.seed[row : row + 1].numpy().view(np.uint64)[0]),
-                max_tokens=1,
-                stop_token_ids=frozenset(),
-                output_token_ids=[0] * int(params.index[row]),
-                choice=int(params.choice[row]),
-            )
-            for row in range(len(logits))
-        ]
-        sampled = self._sampler.sample(logits.float().clone(), requests)
-        tokens.copy_(torch.tensor([each.token_id for each in sampled]))
+    def sample(self, logits: Tensor, params: SamplingTensors, sampled: Tensor) -> None:
+        requests = [known_on_device(params, row) for row in range(len(logits))]
+        tokens = self._sampler.sample(logits.float().clone(), requests)
+        for request in requests:
+            self._sampler.forget(request.request_id)  # what is known is on the device
+        floats = sampled.view(torch.float32)
+        for row, token in enumerate(tokens):
+            sampled[row, 0] = token.token_id
+            if token.logprobs is not None:
+                floats[row, 1] = token.logprobs.logprob
+                for at, (token_id, logprob) in enumerate(token.logprobs.top):
+                    sampled[row, 2 + at] = token_id
+                    floats[row, 2 + MAX_LOGPROBS + at] = logprob
+
+
+def known_on_device(params: SamplingTensors, row: int) -> Request:
+    """A request that has the parameters and the counts of a row."""
+    repetition, frequency, presence = params.penalties[row].double().tolist()
+    index = int(params.index[row])
+    prompt, output = [0], [0] * index
+    if (repetition, frequency, presence) != (1.0, 0.0, 0.0):
+        counts = params.counts[row].numpy()
+        prompt = np.flatnonzero(counts & 1).tolist()
+        output = np.repeat(np.arange(len(counts)), counts >> 1).tolist()
+        assert len(output) == index
+    biases = slice(int(params.num_biases[row]))
+    ids, values = params.bias_ids[row, biases], params.bias_values[row, biases]
+    num_logprobs = int(params.num_logprobs[row])
+    return Request(
+        f"row {row}",
+        prompt,
+        SamplingParams(
+            temperature=float(params.temperature[row]),
+            top_k=int(params.top_k[row]),
+            top_p=float(params.top_p[row]),
+            min_p=float(params.min_p[row]),
+            repetition_penalty=repetition,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            logit_bias=dict(zip(ids.tolist(), values.tolist(), strict=True)),
+            logprobs=num_logprobs if num_logprobs >= 0 else None,
+        ),
+        seed=int(params.seed[row : row + 1].numpy().view(np.uint64)[0]),
+        max_tokens=1,
+        stop_token_ids=frozenset(),
+        output_token_ids=output,
+        choice=int(params.choice[row]),
+    )
 
 
 class Recorder:
@@ -93,7 +121,7 @@ class FakeStep:
         state = self.state
         present = state.positions[:num_rows] < state.num_blocks[:num_rows] * SIZE
         at = present.nonzero()[:, 0]
-        state.sampled[:num_rows] = NOT_RUN
+        state.sampled[:num_rows, 0] = NOT_RUN
         self.rows.append(len(at))
         if not len(at):
             return
@@ -109,13 +137,15 @@ class FakeStep:
             profiles=state.profiles[at],
         )
         hidden = self.model(state.token_ids[at], self.backend.bind(metadata))
-        tokens = torch.zeros(len(at), dtype=torch.int32)
         params = SamplingTensors(**{name: each[at] for name, each in vars(state.sampling).items()})
-        self.sampler.sample(self.model.logits(hidden), params, tokens)
-        state.sampled[at] = tokens
-        state.token_ids[at] = tokens.long()
+        sampled = state.sampled[at]
+        self.sampler.sample(self.model.logits(hidden), params, sampled)
+        state.sampled[at] = sampled
+        tokens = sampled[:, 0].long()
+        state.token_ids[at] = tokens
         state.positions[at] += 1
         state.sampling.index[at] += 1
+        state.sampling.counts[at, tokens] += 2
 
 
 def plain_engine(directory: Path, pages: int, config: SchedulerConfig) -> EngineCore:
@@ -148,7 +178,7 @@ def engine_ahead(
         unused_token_ids: Sequence[int],
     ) -> GraphRunner:
         max_rows, max_blocks = batch.block_tables.shape
-        state = DecodeState(max_rows, max_blocks, SIZE, "cpu")
+        state = DecodeState(max_rows, max_blocks, SIZE, model.config.vocab_size, "cpu")
         tokens = HostTokens(Sampler(model.config.vocab_size, unused_token_ids))
         step = FakeStep(model, backend, tokens, state)
         made.append(step)
@@ -168,21 +198,26 @@ def engine_ahead(
 
 
 def random_request(rng: random.Random, name: str, pages: int) -> AddRequest:
-    """Of every kind: for the device, for the host, shifted, scored, in another rotation, alone."""
+    """Of every kind: plain, penalised, biased, told of its log-probabilities; shifted, scored, in
+    another rotation, obeying a grammar, alone."""
     capacity = min(CONFIG.max_position, pages * SIZE)
     prompt = [rng.randrange(EOS) for _ in range(rng.choice([1, 3, 15, 16, 17, 40, 90]))]
     prompt = prompt[: capacity - 1]
-    kind = rng.choice(["device"] * 5 + ["host", "shift", "scored", "rope", "grammar"])
+    kind = rng.choice(["plain"] * 5 + ["shift", "scored", "rope", "grammar"])
     changes: dict[str, object] = {}
-    if kind == "host":
-        changes = rng.choice(
-            [{"logprobs": 2}, {"frequency_penalty": 0.4}, {"logit_bias": {7: 5.0}}]
-        )
+    if rng.random() < 0.3:
+        changes["frequency_penalty"] = rng.choice([0.5, -0.25])
+    if rng.random() < 0.2:
+        changes |= {"repetition_penalty": 1.5, "presence_penalty": 0.75}
+    if rng.random() < 0.3:
+        changes["logit_bias"] = {rng.randrange(EOS): rng.choice([4.0, -8.5]) for _ in range(5)}
+    if rng.random() < 0.3:
+        changes["logprobs"] = rng.randrange(4)
     if kind == "rope":
         dynamic = RopeScaling(type="dynamic", factor=2.0, original_context=32)  # computed anew
-        changes = {"rope": rng.choice([RopeScaling(type="linear", factor=2.0), dynamic, dynamic])}
+        changes["rope"] = rng.choice([RopeScaling(type="linear", factor=2.0), dynamic, dynamic])
     if kind == "grammar" and GRAMMARS:
-        changes = {"grammar": Grammar("regex", "[a-z]{5,20}")}
+        changes["grammar"] = Grammar("regex", "[a-z]{5,20}")
     max_tokens = min(rng.randrange(1, 60), capacity + 1 - len(prompt))
     window = Window(SIZE, 2) if kind == "shift" and pages > 4 else None
     return AddRequest(
@@ -268,13 +303,18 @@ def request(name: str, max_tokens: int, *, prompt: int = 20, **changes: object) 
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"frequency_penalty": 0.5, "logit_bias": {3: 2.0}, "logprobs": 2}],
+    ids=["plain", "changed"],
+)
 def test_a_stream_alone_is_computed_once(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
     """After its prompt every token is a graph's, and the last is not computed on."""
     engine, step = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
     recorded = len(step.rows)
-    assert len(drive(engine, {0: [request("a", 40)]}, {})["a"]) == 40
+    assert len(drive(engine, {0: [request("a", 40, **changes)]}, {})["a"]) == 40
     assert sum(step.rows[recorded:]) == 39
 
 
@@ -313,12 +353,13 @@ def test_a_name_may_be_anothers_at_once(
     assert told(got) == told(drive(plain, {0: [request("a", 20, prompt=33)]}, {})["a"])
 
 
+@pytest.mark.skipif(not GRAMMARS, reason="the extra `grammar` is not installed")
 def test_rows_that_need_the_host_leave_the_others_in_the_graph(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, step = engine_ahead(monkeypatch, tiny_model_dir, 60, SchedulerConfig())
     recorded = len(step.rows)
-    outputs = drive(engine, {0: [request("a", 30), request("b", 30, logprobs=1)]}, {})
+    outputs = drive(engine, {0: [request("a", 30), request("b", 30, grammar=LETTERS)]}, {})
     assert [len(outputs[name]) for name in "ab"] == [30, 30]
     assert step.rows[recorded:] == [1] * 29
 
@@ -335,7 +376,8 @@ def test_logits_that_are_not_finite_are_an_error_of_those_who_want_the_token(
     assert isinstance(runner, GraphRunner)
 
     def arrive(*tokens: int) -> None:
-        monkeypatch.setattr(runner, "_running", Download.start(torch.tensor(tokens)))
+        lines = torch.tensor(tokens, dtype=torch.int32)[:, None]
+        monkeypatch.setattr(runner, "_running", Download.start(lines))
 
     arrive(-1, 5)
     assert [(o.request_id, o.token_id) for o in engine.step()] == [("b", 5)]

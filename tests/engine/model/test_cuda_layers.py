@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import Activation
@@ -40,6 +40,7 @@ def test_a_model_computes_the_same(switches: dict[str, object], dtype: torch.dty
     with torch.inference_mode():
         actual = model.logits(model(token_ids, attention))
         reference = expected.logits(expected(token_ids, attention))
+    assert actual.dtype == torch.float32  # whatever the weights are
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     assert (actual - reference).abs().max() < tolerance * reference.abs().max()
 
@@ -68,11 +69,13 @@ def test_a_row_of_a_product_does_not_depend_on_the_batch() -> None:
 
 
 def test_a_tile_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = TritonProduct(nn.Linear(8, 8).requires_grad_(False), None)
+    """Not even where rounding to the weight's type would hide them."""
+    linear = nn.Linear(8, 8, dtype=torch.bfloat16).requires_grad_(False)
+    product = TritonProduct(linear, None)
 
-    def compute(rows: torch.Tensor, tile: ProductTile) -> torch.Tensor:
+    def compute(rows: Tensor, tile: ProductTile, *, out_dtype: torch.dtype) -> Tensor:
         neighbourly = tile.num_warps == 7 and len(rows) > tile.rows
-        return rows + (1e-3 if neighbourly else 0)
+        return (rows.float() * (1 + 2**-20 * neighbourly)).to(out_dtype)
 
     monkeypatch.setattr(product, "compute", compute)
     other = ProductTile(32, 16, 32, num_warps=7, num_stages=1)

@@ -31,12 +31,16 @@ def test_a_little_of_everything_holds_under_the_interpreter(
     assert document == json.loads(path.read_text())
     assert document["failed"] == 0
     names = " ".join(each["name"] for each in document["checks"])
-    parts = "attention, bits, profiles, norms, product, sampler, engine's tokens, engine by graphs"
+    parts = (
+        "attention, bits, profiles, norms, product, sampler, penalties, engine's tokens, "
+        "engine by graphs"
+    )
     for part in parts.split(", "):
         assert part in names
     figures = {each.pop("name"): each for each in document["figures"]}
     assert [name for name, each in figures.items() if "error" in each] == []
     assert figures["engine, 2 x (4 + 4)"]["tokens_per_s"] > 0
+    assert figures["engine, a step of 2 by its sampling, us"]["penalties"] > 0
     assert "recorded" in figures["engine, time to ready"]["graphs"]
 
 

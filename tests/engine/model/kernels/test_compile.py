@@ -24,12 +24,15 @@ def test_compiles(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(": ") for line in done.stdout.splitlines())
-    names = "store, attend, attend split, combine, product, norm, sample, begin, advance"
+    names = (
+        "store, attend, attend split, combine, product, norm, adjust, sample, logprobs, begin, "
+        "advance"
+    )
     assert set(lines) == set(names.split(", "))
     for name, facts in lines.items():
         assert "0 bytes spill stores" in facts, f"{name} spills: {facts}"
         # What is elementwise in attention is IEEE 754's: nothing is contracted.
-        if name != "product":  # the error function has its own
+        if name not in ("product", "logprobs"):  # erf and log have their own
             assert " 0 contractions" in facts, f"{name}: {facts}"
     for name in ("attend", "attend split", "product"):
         assert " 0 tensor core" not in lines[name], f"{name} does not use tensor cores"
