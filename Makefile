@@ -108,4 +108,4 @@ lock: $(VENV)/.created ## locks/*.txt: every package of every image with its has
 	echo "setuptools>=77" | $(LOCK) - --constraint locks/cpu.txt -o locks/build.txt
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) build *.egg-info engine/model/attention/*.so
+	rm -rf $(VENV) build *.egg-info engine/model/*.so

@@ -49,6 +49,17 @@ ARROWS = {
     "server.replicas": {"engine", "server.answers", "server.errors", "server.events"},
     "server.terminal": {"engine", "server.chat", "server.settings"},
     "weights": {"engine"},
+    "weights.corpus": {"engine", "weights.tokenizer.vocabulary"},
+    "weights.experiments": {"engine", "weights.corpus", "weights.training"},
+    "weights.formats": {"engine", "weights.files", "weights.source"},
+    "weights.tokenizer": {"engine"},
+    "weights.training": {
+        "engine",
+        "weights.baselines",
+        "weights.corpus",
+        "weights.tokenizer",
+        "weights.whole",
+    },
     "loadtest": {"engine"},
     "loadtest.gpu": {"engine"},  # needs nothing that a machine with a GPU may not have
     "loadtest.load": {"engine", "loadtest.errors", "loadtest.others", "loadtest.servers"},

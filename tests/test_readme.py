@@ -29,7 +29,7 @@ ELSEWHERE = {
     "docker compose --profile monitoring up": "tests/test_compose.py, without Docker",
     "docker compose run --rm loadtest": "tests/test_compose.py; make docker-proof tries the image",
     "make docker-proof": "needs root and some minutes",
-    "make chaos": "takes minutes; tests/loadtest/test_chaos.py does a little of it",
+    "make chaos": "takes minutes; tests/loadtest/bench/test_chaos.py does a little of it",
 }
 """Commands that no test can run, and what does."""
 

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.frontend.tokenizer import Tokenizer
-from weights.corpus import read_documents
-from weights.tokens import Tokens, encode_documents
+from weights.corpus.sources import read_documents
+from weights.corpus.tokens import Tokens, encode_documents
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -16,18 +16,18 @@ from rich.console import Console
 
 from engine.errors import ConfigError, RopewayError
 from engine.frontend.tokenizer import Tokenizer
-from weights.bpe import END_OF_TEXT
-from weights.curve import draw, read_log
-from weights.display import Display
-from weights.evaluate import bits_per_byte
-from weights.export import export_weights
-from weights.prepare import HELD_OUT_SIZES, prepare
-from weights.recipe import TrainingConfig
-from weights.stop import Stop
-from weights.tokens import open_tokens
-from weights.train import CHECKPOINT, LOG, Trainer, load_checkpoint, run, trim_log
+from weights.corpus.tokens import open_tokens
+from weights.tokenizer.vocabulary import END_OF_TEXT
+from weights.training.curve import draw, read_log
+from weights.training.display import Display
+from weights.training.evaluate import bits_per_byte
+from weights.training.export import export_weights
+from weights.training.prepare import HELD_OUT_SIZES, prepare
+from weights.training.recipe import TrainingConfig
+from weights.training.stop import Stop
+from weights.training.train import CHECKPOINT, LOG, Trainer, load_checkpoint, run, trim_log
+from weights.training.world import World
 from weights.whole import write_whole
-from weights.world import World
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 MINUTES = 30.0

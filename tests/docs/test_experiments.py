@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from weights.corpus import write_documents
+from weights.corpus.sources import write_documents
 from weights.experiments import context, optimizers, positions, xpos
 
 ROOT = Path(__file__).parents[2]

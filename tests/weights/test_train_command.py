@@ -77,7 +77,8 @@ def test_text_in_a_model_that_the_engine_serves_out(texts: Path, tmp_path: Path)
 def disturbed(texts: Path, model: Path, how: str, *more: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, with something done to it first."""
     program = (
-        "import os, signal, sys\nfrom weights import train, train_command, whole\n"
+        "import os, signal, sys\n"
+        "from weights import train_command, whole\nfrom weights.training import train\n"
         f"{how}\ntry: train_command.app(sys.argv[1:])\n"
         "except train_command.RopewayError as error: sys.exit(f'error: {error}')\n"
     )

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from engine.model.loader import read_config
 from engine.scaling import UNSCALED, ScalingType
+from weights.corpus.tokens import Tokens, open_tokens
 from weights.experiments.picture import Curve, Panel
 from weights.experiments.results import machine, write
 from weights.experiments.stretch import (
@@ -52,9 +53,8 @@ from weights.experiments.stretch import (
     unscaled_copy,
 )
 from weights.experiments.tune import Tuning, fine_tune
-from weights.prepare import prepare
-from weights.recipe import Recipe, TrainingConfig
-from weights.tokens import Tokens, open_tokens
+from weights.training.prepare import prepare
+from weights.training.recipe import Recipe, TrainingConfig
 
 DEFAULT = Path(__file__).parents[1] / "default"
 BASELINE = "shift"

@@ -23,7 +23,7 @@ from weights.experiments.positions import spread
 from weights.experiments.results import machine, write
 from weights.experiments.search import best_number
 from weights.experiments.small import Laboratory, Plan
-from weights.recipe import OptimizerKind
+from weights.training.recipe import OptimizerKind
 
 ENCODING = "RoPE"
 RATES = (2e-3, 4e-3, 8e-3)

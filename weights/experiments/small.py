@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
+from weights.corpus.tokens import Mixture, Tokens, open_tokens
 from weights.experiments.encodings import ENCODINGS, EncodedAttention, EncodedGPT2, with_xpos
-from weights.export import export_weights
-from weights.loss import head_loss
-from weights.optimizer import Optimizer, Schedule
-from weights.prepare import prepare
-from weights.recipe import OptimizerKind, Recipe, TrainingConfig
-from weights.tokens import Mixture, Tokens, open_tokens
-from weights.train import initialise
+from weights.training.export import export_weights
+from weights.training.loss import head_loss
+from weights.training.optimizer import Optimizer, Schedule
+from weights.training.prepare import prepare
+from weights.training.recipe import OptimizerKind, Recipe, TrainingConfig
+from weights.training.train import initialise
 
 SERVED = ("RoPE", "xPos")
 """Encodings that the engine serves: their weights are kept."""

@@ -13,8 +13,8 @@ import numpy as np
 
 from engine import LLM, RequestOptions
 from engine.scaling import SCALING_OPTIONS, RopeScaling, ScalingType
+from weights.corpus.tokens import Tokens
 from weights.experiments.search import best_number
-from weights.tokens import Tokens
 
 KINDS: tuple[ScalingType, ...] = ("linear", "ntk", "dynamic", "yarn")
 PARTS = 32

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from weights.corpus.tokens import Mixture, Tokens
 from weights.experiments.encodings import ENCODINGS, SAME_COST, EncodedAttention
 from weights.experiments.small import Plan, Run, held_out_block
-from weights.tokens import Mixture, Tokens
 
 WARM = 2
 """Rounds that are not counted."""

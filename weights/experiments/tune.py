@@ -20,10 +20,10 @@ from engine.model.gpt2 import GPT2
 from engine.model.loader import load_model, read_config
 from engine.model.rope import RopeProfile, RotaryTable, inverse_frequencies
 from engine.scaling import RopeScaling
-from weights.export import export_weights
-from weights.loss import head_loss
-from weights.optimizer import Optimizer
-from weights.tokens import Mixture, Tokens
+from weights.corpus.tokens import Mixture, Tokens
+from weights.training.export import export_weights
+from weights.training.loss import head_loss
+from weights.training.optimizer import Optimizer
 
 
 @dataclass(frozen=True)

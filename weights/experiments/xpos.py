@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from engine.model.loader import read_config
 from engine.scaling import ScalingType
+from weights.corpus.tokens import open_tokens
 from weights.experiments.picture import Curve, Panel
 from weights.experiments.results import machine, write
 from weights.experiments.small import SERVED, model_dir
@@ -40,7 +41,6 @@ from weights.experiments.stretch import (
     try_factors,
     unscaled_copy,
 )
-from weights.tokens import open_tokens
 
 SHIFT = Way("shift", shift=True)
 NONE = Way("none")

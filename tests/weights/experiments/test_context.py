@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import ConfigError
 from engine.scaling import RopeScaling, ScalingType
-from weights.corpus import write_documents
+from weights.corpus.sources import write_documents
 from weights.experiments.context import BASELINE, main, summarise
 from weights.experiments.stretch import (
     PARTS,

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from weights.corpus.tokens import Mixture
 from weights.experiments.optimizers import Comparison, compare, panels, table
 from weights.experiments.picture import draw
 from weights.experiments.search import best_number
 from weights.experiments.small import Plan, Run
-from weights.tokens import Mixture
 
 
 def test_the_best_learning_rate_is_no_edge_of_what_was_tried() -> None:

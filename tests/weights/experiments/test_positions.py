@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 from engine.model.attention.causal import CausalAttention
 from engine.model.rope import RotaryTable
 from engine.scaling import RopeScaling
-from weights.corpus import write_documents
+from weights.corpus.sources import write_documents
 from weights.experiments import xpos
 from weights.experiments.encodings import (
     ENCODINGS,
@@ -29,8 +29,8 @@ from weights.experiments.encodings import (
 from weights.experiments.positions import main, steps_to, summarise
 from weights.experiments.small import Laboratory, Plan, Run
 from weights.experiments.stretch import Way, engine
-from weights.loss import token_losses
-from weights.train import initialise
+from weights.training.loss import token_losses
+from weights.training.train import initialise
 
 SAMPLE = Path(__file__).parents[3] / "weights" / "sample.txt"
 CONFIG = ModelConfig(

@@ -28,8 +28,8 @@ from engine.frontend.output import Detokenizer
 from engine.frontend.preparation import nfc
 from engine.frontend.tokenizer import Tokenizer as Ours
 from tests.models import write_tokenizer
-from weights.bpe import train_tokenizer
 from weights.inspect import sample_text
+from weights.tokenizer.bpe import train_tokenizer
 from weights.tokenizer.convert import convert_tokenizer
 
 RELAXED = settings(

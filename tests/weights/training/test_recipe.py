@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError
-from weights.export import RECIPE
-from weights.recipe import Recipe, TrainingConfig
+from weights.training.export import RECIPE
+from weights.training.recipe import Recipe, TrainingConfig
 
 
 def read(tmp_path: Path, text: str, **changes: Any) -> TrainingConfig:

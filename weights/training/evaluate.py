@@ -1,6 +1,6 @@
 """Bits per byte of held-out text: what a model of this tokenizer would compress it to.
 
-python -m weights.evaluate --corpus DIR --model MODEL_DIR
+python -m weights.training.evaluate --corpus DIR --model MODEL_DIR
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from engine.model.attention.causal import CausalAttention
 from engine.model.gpt2 import GPT2
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable
-from weights.corpus import read_documents
-from weights.loss import token_losses
-from weights.tokens import Tokens, encode_documents
+from weights.corpus.sources import read_documents
+from weights.corpus.tokens import Tokens, encode_documents
+from weights.training.loss import token_losses
 
 
 @torch.no_grad()
@@ -62,7 +62,9 @@ def evaluate(model_dir: Path, corpus: Path) -> dict[str, float]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m weights.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m weights.training.evaluate", description=__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--corpus", type=Path, required=True, help="what weights.corpus wrote")
     parser.add_argument("--model", type=Path, required=True, help="model directory")

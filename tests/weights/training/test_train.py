@@ -17,15 +17,15 @@ from engine.errors import ConfigError
 from engine.model.attention.causal import CausalAttention
 from engine.model.loader import load_model
 from engine.model.rope import RotaryTable
-from weights.attention import ShortWindowAttention
-from weights.curve import stretches
-from weights.evaluate import bits_per_byte
-from weights.export import export_weights
-from weights.loss import head_loss, token_losses
-from weights.optimizer import Schedule
-from weights.recipe import Recipe
-from weights.tokens import Mixture, Tokens
-from weights.train import Trainer, end_asked_for, load_checkpoint, run, trim_log
+from weights.corpus.tokens import Mixture, Tokens
+from weights.training.attention import ShortWindowAttention
+from weights.training.curve import stretches
+from weights.training.evaluate import bits_per_byte
+from weights.training.export import export_weights
+from weights.training.loss import head_loss, token_losses
+from weights.training.optimizer import Schedule
+from weights.training.recipe import Recipe
+from weights.training.train import Trainer, end_asked_for, load_checkpoint, run, trim_log
 
 CONFIG = ModelConfig(
     vocab_size=50,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from weights.display import Display, chart, shrink
+from weights.training.display import Display, chart, shrink
 
 
 def test_a_chart_is_a_line_from_corner_to_corner() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from engine.frontend.tokenizer import Tokenizer
-from weights.bpe import END_OF_TEXT, ranks_of, train_tokenizer, write_tokenizer
+from weights.tokenizer.bpe import ranks_of, train_tokenizer, write_tokenizer
+from weights.tokenizer.vocabulary import END_OF_TEXT
 
 TEXT = [
     "The old captain looked at the sea, and the sea looked at the captain.\n",
@@ -44,7 +45,7 @@ def test_the_end_of_text_follows_the_ranks(trained: tuple[Any, Tokenizer]) -> No
 
 
 def test_the_shipped_tokenizer_is_whole() -> None:
-    stored = Tokenizer.from_directory(Path(__file__).parents[2] / "weights" / "default")
+    stored = Tokenizer.from_directory(Path(__file__).parents[3] / "weights" / "default")
     assert len(stored) == 8192
     assert not stored.unused_ids
     assert stored.decode(stored.encode(HELD_OUT[0])) == HELD_OUT[0]

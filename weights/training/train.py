@@ -29,13 +29,13 @@ from engine.errors import ConfigError
 from engine.model.attention.base import Attention
 from engine.model.gpt2 import GPT2
 from engine.model.rope import RotaryTable
-from weights.attention import ShortWindowAttention
-from weights.loss import head_loss
-from weights.optimizer import Optimizer, Schedule
-from weights.recipe import Recipe
-from weights.tokens import Mixture, Tokens
+from weights.corpus.tokens import Mixture, Tokens
+from weights.training.attention import ShortWindowAttention
+from weights.training.loss import head_loss
+from weights.training.optimizer import Optimizer, Schedule
+from weights.training.recipe import Recipe
+from weights.training.world import World
 from weights.whole import write_whole
-from weights.world import World
 
 CHECKPOINT = "ckpt.pt"
 LOG = "log.jsonl"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from weights.wikitext import is_article, strip_markup
+from weights.corpus.wikitext import is_article, strip_markup
 
 
 @pytest.mark.parametrize(

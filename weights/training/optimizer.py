@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weights.recipe import OptimizerKind, Recipe
+from weights.training.recipe import OptimizerKind, Recipe
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from weights.corpus import (
+from weights.corpus.packages import Package
+from weights.corpus.sources import (
     SOURCES,
     between_gutenberg_marks,
     join_lines,
@@ -12,7 +13,6 @@ from weights.corpus import (
     tidy,
     write_documents,
 )
-from weights.packages import Package
 
 
 def test_hard_wrapped_lines_are_joined_and_verse_is_not() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError
-from weights.corpus import read_documents
+from weights.corpus.sources import read_documents
 
 Documents = dict[str, list[str]]
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")

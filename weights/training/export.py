@@ -1,9 +1,9 @@
 """A run's checkpoint -> a model directory that the server loads.
 
-    python -m weights.export --run RUN_DIR --corpus DIR --model MODEL_DIR
+    python -m weights.training.export --run RUN_DIR --corpus DIR --model MODEL_DIR
 
 Writes config.json and model.safetensors (bfloat16), then training.png and the card README.md with
-held-out measurements and samples: of the default model, whose recipe is default.toml beside this.
+held-out measurements and samples: of the default model, whose recipe is weights/default.toml.
 --weights-only stops after the first two.
 """
 
@@ -20,14 +20,14 @@ from safetensors.torch import save
 from engine.config import ModelConfig
 from engine.model.loader import load_model
 from weights.baselines import measure
-from weights.card import Facts, draw_samples, write_card
-from weights.corpus import SOURCES, read_documents
-from weights.curve import draw, read_log
-from weights.evaluate import evaluate
-from weights.recipe import TrainingConfig
+from weights.corpus.sources import SOURCES, read_documents
+from weights.training.card import Facts, draw_samples, write_card
+from weights.training.curve import draw, read_log
+from weights.training.evaluate import evaluate
+from weights.training.recipe import TrainingConfig
 from weights.whole import write_whole
 
-RECIPE = Path(__file__).parent / "default.toml"
+RECIPE = Path(__file__).parents[1] / "default.toml"
 
 
 def export_weights(checkpoint: dict[str, Any], model_dir: Path) -> ModelConfig:
@@ -56,9 +56,9 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m weights.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m weights.training.export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--run", type=Path, required=True, help="run directory of weights.train")
+    parser.add_argument("--run", type=Path, required=True, help="run directory of a training")
     parser.add_argument("--corpus", type=Path, required=True, help="what weights.corpus wrote")
     parser.add_argument("--model", type=Path, required=True, help="model directory to write into")
     parser.add_argument("--weights-only", action="store_true", help="no card, no picture")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.frontend.tokenizer import Tokenizer
-from weights.bpe import END_OF_TEXT
+from weights.tokenizer.vocabulary import END_OF_TEXT
 
 Tokens = npt.NDArray[np.uint16]
 

@@ -14,10 +14,11 @@ from rich.progress import Progress
 
 from engine.errors import ConfigError
 from engine.frontend.tokenizer import Tokenizer
-from weights.bpe import END_OF_TEXT, ranks_of, train_tokenizer, write_tokenizer
-from weights.recipe import MOST_IDS, VOCAB_SIZE, TrainingConfig
-from weights.text import Documents, Texts, read_texts, size_of
-from weights.tokens import encode_documents
+from weights.corpus.text import Documents, Texts, read_texts, size_of
+from weights.corpus.tokens import encode_documents
+from weights.tokenizer.bpe import ranks_of, train_tokenizer, write_tokenizer
+from weights.tokenizer.vocabulary import END_OF_TEXT
+from weights.training.recipe import MOST_IDS, VOCAB_SIZE, TrainingConfig
 
 HELD_OUT_SIZES = "held_out_bytes.json"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine import LLM, SamplingParams
 from engine.config import ModelConfig
-from weights.corpus import SOURCES
+from weights.corpus.sources import SOURCES
 
 PROMPTS = (
     "The old captain",

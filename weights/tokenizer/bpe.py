@@ -14,9 +14,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from weights.tokenizer.vocabulary import bytes_of_printable
+from weights.tokenizer.vocabulary import END_OF_TEXT, bytes_of_printable
 
-END_OF_TEXT = "<|endoftext|>"
 # GPT-2's split, with two changes: numbers in groups of at most three digits, so that a small
 # vocabulary is not spent on years; and a line break is never joined to the word that follows it.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"

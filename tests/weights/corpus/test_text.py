@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from weights.corpus import write_documents
-from weights.text import read_texts, size_of, split_documents
+from weights.corpus.sources import write_documents
+from weights.corpus.text import read_texts, size_of, split_documents
 
 
 @given(st.lists(st.text(min_size=1), max_size=6), st.floats(0, 0.5, exclude_max=True))

@@ -1,0 +1,1 @@
+"""Texts to train on: where they come from, as documents, as tokens."""
