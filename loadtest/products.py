@@ -7,6 +7,7 @@ goes through as many weights as a model has layers: the next is in no cache when
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from engine.model.cpu_linear import KernelLinear, WeightMemory, quantize_rows
 from engine.model.linear import PackedProduct
+from loadtest.bench.options import counts
 from loadtest.machine import Machine
 from loadtest.others import Others
 from loadtest.turns import in_turns
@@ -72,11 +74,24 @@ def ways_of(linears: Sequence[nn.Linear], *, compiles: bool) -> dict[str, Way]:
     return ways
 
 
+def shapes_of(text: str) -> list[tuple[int, int]]:
+    """(outputs, inputs), each from 1, of 64x32,128x32. typer.BadParameter for anything else."""
+    shapes = []
+    for part in text.split(","):
+        shape = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", part.strip())
+        if shape is None:
+            raise typer.BadParameter(f"must be OUTPUTSxINPUTS, by commas, got {part!r}")
+        shapes.append((int(shape[1]), int(shape[2])))
+    return shapes
+
+
 def main(
     shapes: Annotated[
-        str, typer.Option(help="outputs x inputs, with commas.")
+        Any, typer.Option(parser=shapes_of, metavar="OxI,...", help="Outputs x inputs, by commas.")
     ] = "2304x768,768x768,3072x768,768x3072",
-    rows: Annotated[str, typer.Option(help="Numbers of rows, with commas.")] = "1,8,32,128,512",
+    rows: Annotated[
+        Any, typer.Option(parser=counts, metavar="N,...", help="Numbers of rows, by commas.")
+    ] = "1,8,32,128,512",
     layers: Annotated[int, typer.Option(help="Weights of each shape.", min=1)] = 12,
     repeats: Annotated[int, typer.Option(help="Samples of each; the median counts.", min=1)] = 9,
     threads: Annotated[int, typer.Option(help="Threads of all.", min=1)] = 2,
@@ -94,16 +109,15 @@ def main(
         torch.no_grad(),
         torch._inductor.config.patch(freezing=True, max_autotune=True),  # its best
     ):
-        for shape in shapes.split(","):
-            outputs, inputs = map(int, shape.split("x"))
+        for outputs, inputs in shapes:
             linears = [nn.Linear(inputs, outputs, dtype=torch.bfloat16) for _ in range(layers)]
             ways = ways_of(linears, compiles=compiles)
-            for count in map(int, rows.split(",")):
+            for count in rows:
                 x = torch.randn(count, inputs, generator=generator).to(torch.bfloat16)
                 times = in_turns({name: partial(way, x) for name, way in ways.items()}, repeats)
                 results.append({"outputs": outputs, "inputs": inputs, "rows": count, **times})
                 medians = {name: each["median"] for name, each in times.items()}
-                print(f"{shape}, {count} rows:", medians, file=sys.stderr)
+                print(f"{outputs}x{inputs}, {count} rows:", medians, file=sys.stderr)
     document = {
         "command": "products",
         "machine": asdict(machine),

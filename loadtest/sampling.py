@@ -16,6 +16,7 @@ from engine.execution.cpu_draw import KernelDraw
 from engine.execution.draw import Draw, draw
 from engine.params import SamplingParams
 from engine.request import Request
+from loadtest.bench.options import counts
 from loadtest.turns import in_turns
 
 CASES: dict[str, SamplingParams] = {
@@ -44,7 +45,9 @@ def measure(
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="Numbers of rows, with commas.")] = "1,32",
+    rows: Annotated[
+        Any, typer.Option(parser=counts, metavar="N,...", help="Numbers of rows, by commas.")
+    ] = "1,32",
     vocab_size: Annotated[int, typer.Option(help="Logits of a row.", min=2)] = 50257,
     repeats: Annotated[int, typer.Option(help="Samples of each; the median counts.", min=1)] = 9,
     threads: Annotated[int, typer.Option(help="Threads of both.", min=1)] = 2,
@@ -53,7 +56,7 @@ def main(
     torch.set_num_threads(threads)
     results: list[dict[str, Any]] = [
         {"case": name, "rows": count, **measure(params, count, vocab_size, repeats)}
-        for count in map(int, rows.split(","))
+        for count in rows
         for name, params in CASES.items()
     ]
     document = {

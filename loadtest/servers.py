@@ -48,13 +48,16 @@ class Server:
     def pause(self) -> None:
         """Let it take no more of the machine until resume()."""
         for each in self.processes():
-            each.suspend()
+            with suppress(psutil.NoSuchProcess):
+                each.suspend()
 
     def resume(self) -> None:
         """It goes on; no harm where it was not paused, or has ended."""
         with suppress(psutil.NoSuchProcess):
-            for each in self.processes():
-                each.resume()
+            processes = self.processes()
+            for each in processes:
+                with suppress(psutil.NoSuchProcess):  # the others go on all the same
+                    each.resume()
 
     def peak_bytes(self) -> int | None:
         """The most memory that each of its processes has held, together; None but on Linux."""

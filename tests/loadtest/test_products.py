@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
+import typer
 from torch import nn
 from torch.nn import functional as F
 
-from loadtest.products import ways_of
+from loadtest.products import shapes_of, ways_of
 
 WAYS = {"kernel", "linear", "prepacked", "kernel_int8", "weight_only_int8"}
 
@@ -41,3 +43,10 @@ def test_the_command_prints_json() -> None:
         (64, 32, 3),
     ]
     assert all(row[way]["median"] > 0 for row in results for way in WAYS)
+
+
+def test_shapes_are_checked() -> None:
+    assert shapes_of("64x32, 3x1") == [(64, 32), (3, 1)]
+    for text in ("", "64", "64x0", "64x32x2", "64x32,", "-1x2"):
+        with pytest.raises(typer.BadParameter, match="must be OUTPUTSxINPUTS, by commas, got"):
+            shapes_of(text)

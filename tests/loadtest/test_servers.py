@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,13 +15,30 @@ import psutil
 import pytest
 
 from loadtest.errors import Unmeasurable
-from loadtest.servers import free_port, started
+from loadtest.servers import Server, free_port, started
 from tests.patience import PATIENCE
 
 PARENT = """
 import subprocess, sys
 subprocess.run([sys.executable, "-m", "http.server", "--bind", "127.0.0.1", sys.argv[1]])
 """
+
+
+class Child(psutil.Process):
+    """A process that may end between the listing and the signal."""
+
+    gone = False
+    paused = False
+
+    def suspend(self) -> None:
+        if self.gone:
+            raise psutil.NoSuchProcess(self.pid)
+        self.paused = True
+
+    def resume(self) -> None:
+        if self.gone:
+            raise psutil.NoSuchProcess(self.pid)
+        self.paused = False
 
 
 def test_a_paused_server_does_nothing_and_ends() -> None:
@@ -48,6 +66,20 @@ def test_a_paused_server_does_nothing_and_ends() -> None:
     server.resume()  # it is gone
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
         pass
+
+
+def test_the_others_go_on_where_one_process_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, between, last = children = [Child(), Child(), Child()]
+    monkeypatch.setattr(Server, "processes", lambda _: children)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        server = Server("", process, 0.0)
+        between.gone = True
+        server.pause()
+        assert first.paused
+        assert last.paused
+        server.resume()
+        assert not first.paused
+        assert not last.paused
 
 
 def test_one_that_ends_is_said(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -243,6 +244,21 @@ def test_kept_rows_have_one_memory(variant: str) -> None:
     assert first.data_ptr() == second.data_ptr() != large.data_ptr()
     one, other = own(x), own(x)
     assert one.data_ptr() != other.data_ptr()
+
+
+def test_much_scratch_space_goes_back(variant: str) -> None:
+    """More than 4 MiB of it comes from the system, in each of the calls, and none of it stays."""
+    inputs, rows = 1024, 1200
+    linear = _linear(inputs, 8, torch.float32)
+    norm = nn.LayerNorm(inputs)
+    layer = KernelLinear(linear, WeightMemory(), norm=norm, variant=variant)
+    x = torch.randn(rows, inputs)
+    assert rows * inputs * 4 > 2**22
+    assert torch.equal(layer(x), torch.cat([layer(part) for part in x.split(100)]))
+    before = psutil.Process().memory_info().vms
+    for _ in range(20):
+        layer(x)
+    assert psutil.Process().memory_info().vms - before < 10 * rows * inputs * 4
 
 
 def test_what_it_cannot_read_is_refused() -> None:
