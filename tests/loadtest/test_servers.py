@@ -62,7 +62,9 @@ def test_a_paused_server_does_nothing_and_ends() -> None:
         server.resume()
         asking.join()
         assert answered.is_set()
-        server.processes()[1].kill()
+        serving = server.processes()[1]
+        serving.kill()
+    serving.wait(PATIENCE)
     server.resume()  # it is gone
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
         pass
