@@ -30,7 +30,7 @@ $(VENV)/.torch: $(VENV)/.created
 	       $(BIN)/pip install --quiet "$(TORCH)"; }; fi
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard engine/model/*.cpp engine/model/*.h engine/model/attention/*.cpp)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard engine/*/*.cpp engine/model/*.h engine/model/attention/*.cpp)
 	@echo "installing ropeway"
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
