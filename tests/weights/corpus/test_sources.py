@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,9 @@ def test_a_package_that_is_there_is_not_fetched_again(tmp_path: Path) -> None:
 def test_every_source_names_its_licence() -> None:
     assert all(source.licence and source.package.name for source in SOURCES)
     assert len({source.name for source in SOURCES}) == len(SOURCES)
+
+
+def test_the_command_has_its_name() -> None:
+    command = [sys.executable, "-m", "weights.corpus", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: python -m weights.corpus [-h] --out OUT")
