@@ -194,7 +194,7 @@ async def test_streams_are_handed_to_the_next_engine(tmp_path: Path) -> None:
             ("a", list(b"xy"), 3),
             ("c", [], None),
         ]
-        assert all(0 < each.elapsed_s < 10 for each in again)
+        assert all(0 < each.elapsed_s < PATIENCE for each in again)
         assert again[0].seed == requests[0].seed
         await fake.say(again[0], b"z", start=2, end=FinishReason.LENGTH)
         assert (await collect(streams[0]))[-1:] == list(b"z")
