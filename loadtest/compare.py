@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import statistics
 import tempfile
 import time
@@ -261,6 +262,7 @@ def main(
 ) -> None:
     """Compare with llama.cpp, transformers and vLLM, as far as they are there."""
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # paused servers would be left
     others = Others()
     time.sleep(IDLE_SECONDS)  # so that only others are seen
     warning = doubt(others.document())
