@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from engine.config import DType
 from engine.model.attention.base import KVCache
+from engine.model.cpu_linear import NARROW_BYTES
 from engine.model.gpt2 import GPT2
+from engine.model.library import KernelUnavailableError, supported_variants
 from engine.model.loader import read_config
 from engine.resources import resolve_device, resolve_dtype
 from loadtest.machine import Machine
@@ -20,7 +23,8 @@ from loadtest.workload import Workload
 class Sizes:
     """What a step must read and multiply, as `auto` would serve it on this machine.
 
-    kv_bytes: of one token; embedding: parameters in it.
+    kv_bytes: of one token; embedding: parameters in it; weight_bytes: as they are held, which is in
+    12 bits each for the weights of bfloat16 products on a CPU.
     """
 
     parameters: int
@@ -53,11 +57,33 @@ class Sizes:
             hidden=config.hidden_size,
             device=device.type,
             dtype=str(served).removeprefix("torch."),
-            weight_bytes=parameters * served.itemsize,
+            weight_bytes=_held_bytes(network, device.type, served),
             kv_bytes=KVCache.bytes_per_block(config, 1, served),
             vocab_size=config.vocab_size,
             max_position=config.max_position,
         )
+
+
+def _held_bytes(network: nn.Module, device: str, dtype: torch.dtype) -> int:
+    """Of a network's parameters; tied ones are held once."""
+    narrow = device == "cpu" and dtype == torch.bfloat16 and _has_products()
+    multiplied = {
+        id(module.weight) for module in network.modules() if isinstance(module, nn.Linear)
+    }
+    return int(
+        sum(
+            each.numel() * (NARROW_BYTES if narrow and id(each) in multiplied else dtype.itemsize)
+            for each in network.parameters()
+        )
+    )
+
+
+def _has_products() -> bool:
+    """Whether products are the compiled kernel's."""
+    try:
+        return bool(supported_variants("linear"))
+    except KernelUnavailableError:
+        return False
 
 
 def decode_limit(sizes: Sizes, machine: Machine, workload: Workload) -> float:

@@ -8,23 +8,28 @@
 //
 // Weights are stored as they are read: in panels of PANEL outputs, and in a panel step after step,
 // a step being one 32-bit word for each output: one float, two bfloat16 or four int8 of consecutive
-// in_features. One row reads each panel once, as one stream; several rows share each load.
+// in_features. One row reads each panel once, as one stream; several rows share each load. bfloat16
+// is held in 12 bits where it can be (cpu_bf12.h): the words, and so the sums, are the same.
 //
 // This file is compiled once for each instruction set, into one library, as
 // ropeway_linear_<VARIANT>; the caller asks ropeway_supports_linear_<VARIANT> and chooses.
 
+#include "cpu_bf12.h"
 #include "cpu_memory.h"
 #include "cpu_vector.h"
 
 // The structure that Python fills, field by field as in cpu_linear.py.
 
 struct RopewayLinear {
-    const void *weight;        // [panels, steps, PANEL] words of 32 bits
+    const void *weight;        // [panels, steps, PANEL] words of 32 bits, or NarrowWeight's bytes
     const float *scale;        // [panels * PANEL]: int8 only, what a weight of 1 stands for
     const int32_t *offset;     // [panels * PANEL]: int8 only, 128 times the sum of its weights
     const float *bias;         // [panels * PANEL], or null
     const float *norm_weight;  // [in_features, and up to whole vectors], or null
     const float *norm_bias;    // the same
+    const uint8_t *codes;      // as NarrowWeight; null: the weight is words
+    const RopewayPatch *patches;
+    const int64_t *patch_begins;
     int32_t in_features, out_features;
     int32_t format;      // 0 float32, 1 bfloat16, 2 int8
     int32_t norm;        // 0 none, 1 LayerNorm, 2 RMSNorm
@@ -35,7 +40,6 @@ struct RopewayLinear {
 
 namespace {
 
-constexpr int PANEL = 64;
 constexpr int PANEL_VECTORS = PANEL / LANES;
 constexpr int CHUNK_ROWS = 192;  // rows that stay in the nearer caches while panels pass
 constexpr int AHEAD = 24;        // steps: how far ahead of a single row the panel is asked for
@@ -44,6 +48,7 @@ constexpr int AHEAD = 24;        // steps: how far ahead of a single row the pan
 
 struct Float32 {
     typedef Vec Sum;
+    static constexpr bool NARROW = false;  // may be held in fewer bits than it has
     static constexpr int WIDTH = 1;
     static constexpr int ROWS = REGISTERS == 32 ? 6 : 4;
     static Sum dot(Sum sum, BitVec weight, uint32_t x) {
@@ -54,6 +59,7 @@ struct Float32 {
 // AVX512-BF16's instruction, or the same two multiply-adds in float32.
 struct BF16 {
     typedef Vec Sum;
+    static constexpr bool NARROW = true;
     static constexpr int WIDTH = 2;
     static constexpr int ROWS = REGISTERS == 32 ? 6 : 3;
     static Sum dot(Sum sum, BitVec weight, uint32_t x) {
@@ -70,6 +76,7 @@ struct BF16 {
 // integers, so they are exact.
 struct Int8 {
     typedef IntVec Sum;
+    static constexpr bool NARROW = false;
     static constexpr int WIDTH = 4;
     static constexpr int ROWS = REGISTERS == 32 ? 6 : 3;
     static Sum dot(Sum sum, BitVec weight, uint32_t x) {
@@ -132,6 +139,11 @@ inline void normalise(const RopewayLinear &layer, float *x) {
 inline int steps_of(const RopewayLinear &layer) {
     const int width = layer.format == 0 ? 1 : layer.format == 1 ? 2 : 4;
     return (layer.in_features + width - 1) / width;
+}
+
+inline NarrowWeight narrow(const RopewayLinear &layer) {
+    return {(const uint8_t *)layer.weight, layer.codes, layer.patches, layer.patch_begins,
+            steps_of(layer)};
 }
 
 // x [in_features] as words, whole vectors of numbers. Returns what a 1 stands for.
@@ -231,40 +243,81 @@ inline void finish(const RopewayLinear &layer, const Rows &rows, int row, int co
     }
 }
 
+// A panel of words being read, step after step, from vector `first` on.
+struct WidePanel {
+    const uint32_t *const words;
+    const int first;
+
+    int clean_until(int num_steps) const { return num_steps; }
+    template <int VECTORS>
+    void read(int step, BitVec *to) const {
+        const uint32_t *const from = words + int64_t(step) * PANEL + first * LANES;
+        for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(to + v, from + v * LANES, sizeof *to);
+    }
+    template <int VECTORS>
+    void read_patched(int, BitVec *) {}
+    void ask_for(int step) const {
+        const uint32_t *const from = words + int64_t(step) * PANEL;
+        for (int i = 0; i < PANEL; i += 16) __builtin_prefetch(from + i, 0, 3);
+    }
+};
+
 // ROWS rows by VECTORS vectors of a panel's outputs. A single row waits for memory: it asks early.
-template <class Format, int ROWS, int VECTORS>
-inline void multiply(const RopewayLinear &layer, const Rows &rows, int row, const uint32_t *panel,
-                     int column) {
+// Not inline: among its callers the compiler would lack registers for the sums.
+template <class Format, int ROWS, int VECTORS, class Panel>
+__attribute__((noinline)) void multiply(const RopewayLinear &layer, const Rows &rows, int row,
+                                        Panel panel, int column) {
     typedef typename Format::Sum Sum;
     const uint32_t *const x = rows.words + int64_t(row) * rows.stride;
     const int steps = rows.steps, stride = rows.stride;
     Sum sum[ROWS][VECTORS] = {};
-    for (int s = 0; s < steps; ++s) {
-        BitVec weight[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) {
-            const uint32_t *const from = panel + int64_t(s) * PANEL + v * LANES;
-            __builtin_memcpy(&weight[v], from, sizeof weight[v]);
-            if (ROWS == 1) __builtin_prefetch(from + AHEAD * PANEL, 0, 3);
-        }
+    const auto add = [&](int step, const BitVec *weight) {
         for (int r = 0; r < ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v)
-                sum[r][v] = Format::dot(sum[r][v], weight[v], x[r * stride + s]);
+                sum[r][v] = Format::dot(sum[r][v], weight[v], x[r * stride + step]);
+    };
+    for (int s = 0; s < steps; ++s) {
+        BitVec weight[VECTORS];
+        for (const int end = panel.clean_until(steps); s < end; ++s) {
+            panel.template read<VECTORS>(s, weight);
+            if (ROWS == 1) panel.ask_for(s + AHEAD);
+            add(s, weight);
+        }
+        if (s == steps) break;
+        panel.template read_patched<VECTORS>(s, weight);
+        add(s, weight);
     }
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v)
             finish(layer, rows, row + r, column + v * LANES, sum[r][v]);
 }
 
-// As many rows at once as registers hold, then what is left over.
-template <class Format, int ROWS>
+// As many rows at once as registers hold, then what is left over. panel(vector): read from there.
+template <class Format, int ROWS, class MakePanel>
 inline void multiply_rows(const RopewayLinear &layer, const Rows &rows, int row, int end,
-                          const uint32_t *panel, int column) {
+                          MakePanel panel, int column) {
     constexpr int WIDE = REGISTERS == 32 ? PANEL_VECTORS : ROWS == 1 ? 4 : 2;
     for (; row + ROWS <= end; row += ROWS)
         for (int v = 0; v < PANEL_VECTORS; v += WIDE)
-            multiply<Format, ROWS, WIDE>(layer, rows, row, panel + v * LANES, column + v * LANES);
+            multiply<Format, ROWS, WIDE>(layer, rows, row, panel(v), column + v * LANES);
     if constexpr (ROWS > 1)
         multiply_rows<Format, ROWS - 1>(layer, rows, row, end, panel, column);
+}
+
+// Rows up to `end` by one panel.
+template <class Format>
+inline void multiply_panel(const RopewayLinear &layer, const Rows &rows, int row, int end,
+                           int64_t panel) {
+    const auto words = [&](int vector) {
+        const int64_t begin = panel * rows.steps * PANEL;
+        return WidePanel{(const uint32_t *)layer.weight + begin, vector};
+    };
+    const auto bytes = [&](int vector) { return NarrowPanel(narrow(layer), panel, vector); };
+    const int column = int(panel) * PANEL;
+    if constexpr (Format::NARROW)
+        if (layer.codes)
+            return multiply_rows<Format, Format::ROWS>(layer, rows, row, end, bytes, column);
+    multiply_rows<Format, Format::ROWS>(layer, rows, row, end, words, column);
 }
 
 // ---- A call --------------------------------------------------------------------------------------
@@ -303,11 +356,9 @@ int run(const RopewayLinear &layer, const T *x, const float *residual, void *out
             }
         }
         shares.work(omp_get_thread_num(), [&](int64_t item) {
-            const int64_t panel = item % panels;
             const int row = int(item / panels) * chunk_rows;
-            multiply_rows<Format, Format::ROWS>(
-                layer, rows, row, smaller(num_rows, row + chunk_rows),
-                (const uint32_t *)layer.weight + panel * steps * PANEL, int(panel) * PANEL);
+            multiply_panel<Format>(layer, rows, row, smaller(num_rows, row + chunk_rows),
+                                   item % panels);
         });
     }
     return 0;
@@ -331,7 +382,8 @@ inline void gather(const RopewayLinear &layer, int64_t output, float *to) {
         return;
     }
     for (int s = 0; s < steps; ++s) {
-        const uint32_t word = words[s * PANEL], pair[] = {word << 16, word & 0xffff0000u};
+        const uint32_t word = layer.codes ? narrow(layer).word(output, s) : words[s * PANEL];
+        const uint32_t pair[] = {word << 16, word & 0xffff0000u};
         __builtin_memcpy(to + 2 * s, pair, smaller(2, count - 2 * s) * sizeof *to);
     }
 }
@@ -366,5 +418,33 @@ extern "C" int NAMED(ropeway_embedding_, VARIANT)(const RopewayLinear *layer, co
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int i = 0; i < num_ids; ++i)
         gather(*layer, ids[i], out + int64_t(i) * layer->in_features);
+    return 0;
+}
+
+// A bfloat16 weight [outputs, inputs] in 12 bits; to: NarrowWeight's, bytes zero before. Returns 0,
+// or 1 when more than `most` words need a patch: then bytes and patches are as they were.
+extern "C" int NAMED(ropeway_narrow_, VARIANT)(const uint16_t *weight, uint8_t *bytes,
+                                               uint8_t *codes, RopewayPatch *patches,
+                                               int64_t *patch_begins, int64_t most,
+                                               int32_t outputs, int32_t inputs,
+                                               int32_t num_threads) {
+    const int panels = (outputs + PANEL - 1) / PANEL;
+    const auto at = [=](int panel) {
+        return WeightPanel{weight, outputs, inputs, panel * PANEL};
+    };
+    patch_begins[0] = 0;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int panel = 0; panel < panels; ++panel) {
+        uint8_t *const mine = codes + int64_t(panel) * BF12::CODES;
+        at(panel).choose(mine);
+        patch_begins[panel + 1] = at(panel).write(mine, nullptr, nullptr);
+    }
+    for (int panel = 0; panel < panels; ++panel) patch_begins[panel + 1] += patch_begins[panel];
+    if (patch_begins[panels] > most) return 1;
+    const int64_t panel_bytes = int64_t(inputs + 1) / 2 * BF12::STEP;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int panel = 0; panel < panels; ++panel)
+        at(panel).write(codes + int64_t(panel) * BF12::CODES, bytes + panel * panel_bytes,
+                        patches + patch_begins[panel]);
     return 0;
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,17 @@ Format = Literal["float32", "bfloat16", "int8"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8")
 ACTIVATIONS: tuple[Activation | None, ...] = (None, "gelu", "gelu_tanh", "relu", "relu2")
 PANEL = 64
-"""Outputs whose weights stand together; PANEL of cpu_linear.cpp."""
+"""Outputs whose weights stand together; PANEL of cpu_bf12.h."""
 
 MAX_INT8_FEATURES = 2**31 // (255 * 127) - 1
 """Beyond so many in_features a sum of int8 products might not fit into 32 bits."""
+
+NARROW_BYTES = 1.5
+"""What a bfloat16 takes in 12 bits."""
+
+WORDS_PER_PATCH = 256
+"""bfloat16 is held in 12 bits where at most one word of so many needs a patch. Trained weights: one
+of 2,700 to 12,000; with one of 128, products of 8 rows and more would be slower for it."""
 
 
 class _Linear(ctypes.Structure):
@@ -31,7 +38,17 @@ class _Linear(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
-            for name in ("weight", "scale", "offset", "bias", "norm_weight", "norm_bias")
+            for name in (
+                "weight",
+                "scale",
+                "offset",
+                "bias",
+                "norm_weight",
+                "norm_bias",
+                "codes",
+                "patches",
+                "patch_begins",
+            )
         ),
         *(
             (name, ctypes.c_int32)
@@ -58,9 +75,9 @@ class WeightMemory:
         self._chunk: mmap.mmap | None = None
         self._used = 0
 
-    def copy(self, tensor: Tensor) -> Tensor:
-        """The same contiguous tensor here. What is not used of a chunk costs nothing."""
-        size = -(-tensor.nbytes // 64) * 64  # the next one begins at a cache line
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], all zero. What is not used of a chunk costs nothing."""
+        size = -(-num_bytes // 64) * 64  # the next one begins at a cache line
         if self._chunk is None or self._used + size > len(self._chunk):
             # Private: shared memory gets no such pages, unless an administrator says so.
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -68,11 +85,17 @@ class WeightMemory:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._chunk.madvise(mmap.MADV_HUGEPAGE)
             self._used = 0
-        place = torch.frombuffer(
-            self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used
-        ).view(tensor.shape)
+        place = torch.frombuffer(self._chunk, dtype=torch.uint8, count=num_bytes, offset=self._used)
         self._used += size
-        return place.copy_(tensor)
+        return place
+
+    def give_back(self, place: Tensor) -> None:
+        """What was taken last, and not written to."""
+        self._used -= -(-place.nbytes // 64) * 64
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same tensor here, contiguous."""
+        return self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +116,36 @@ def to_panels(weight: Tensor) -> Tensor:
     missing = (0, -inputs % width, 0, -outputs % PANEL)
     padded = F.pad(weight, missing) if any(missing) else weight  # which would copy all of it
     return padded.view(-1, PANEL, padded.shape[1] // width, width).transpose(1, 2)
+
+
+class NarrowPanels(NamedTuple):
+    """A bfloat16 weight in 12 bits a number, without loss; NarrowWeight of cpu_bf12.h."""
+
+    bytes: Tensor
+    codes: Tensor
+    patches: Tensor
+    patch_begins: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, memory: WeightMemory, variant: str) -> NarrowPanels | None:
+        """bfloat16 [out_features, in_features]; None where too many words would need a patch."""
+        outputs, inputs = weight.shape
+        panels, words = -(-outputs // PANEL), -(-inputs // 2) * PANEL
+        most = panels * words // WORDS_PER_PATCH
+        held = cls(
+            memory.take(int(panels * words * 2 * NARROW_BYTES)),
+            torch.empty(panels, 16, dtype=torch.uint8),
+            torch.empty(most, dtype=torch.int64),
+            torch.empty(panels + 1, dtype=torch.int64),
+        )
+        types = [*[ctypes.c_void_p] * 5, ctypes.c_int64, *[ctypes.c_int32] * 3]
+        _, write = load_kernel("linear", types, variant, "narrow")
+        read = weight.contiguous()
+        addresses = (each.data_ptr() for each in (read, *held))
+        if write(*addresses, most, outputs, inputs, torch.get_num_threads()):
+            memory.give_back(held.bytes)
+            return None
+        return held._replace(patches=held.patches[: int(held.patch_begins[-1])].clone())
 
 
 def _padded(vector: Tensor | None) -> Tensor | None:
@@ -120,8 +173,10 @@ class KernelLinear(nn.Module):
         out_dtype: torch.dtype | None = None,
         variant: str | None = None,
         kept_rows: int = 0,
+        narrow: bool = True,
     ) -> None:
         """norm: a LayerNorm or RMSNorm that stands before. weight_format: None: as the weight is.
+        narrow: hold bfloat16 in 12 bits, without loss, where that is faster.
         kept_rows: so many have one memory for good: what a call returned, the next overwrites.
 
         in_dtype, out_dtype: float32 or bfloat16; None: the weight's. Raises KernelUnavailableError
@@ -155,13 +210,19 @@ class KernelLinear(nn.Module):
             offset = F.pad(128 * weight.sum(dim=1, dtype=torch.int32), (0, -len(weight) % PANEL))
         else:
             weight = weight.to(getattr(torch, self.weight_format))
+        panels: tuple[Tensor | None, ...] | None = None
+        if narrow and self.weight_format == "bfloat16":
+            panels = NarrowPanels.of(weight, memory, self.variant)
+        self.narrow = panels is not None
+        weights, *rest = panels or (memory.copy(to_panels(weight)), None, None, None)
         self._tensors = (  # kept alive: the structure holds their addresses
-            memory.copy(to_panels(weight)),
+            weights,
             _padded(scale),
             offset,
             _padded(linear.bias),
             _padded(getattr(norm, "weight", None)),
             _padded(getattr(norm, "bias", None)),
+            *rest,
         )
         addresses = (None if each is None else each.data_ptr() for each in self._tensors)
         self._linear = _Linear(
@@ -215,7 +276,7 @@ class KernelLinear(nn.Module):
         """What print(model) shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"{self.weight_format}, {self.variant}"
+            f"{self.weight_format}{' in 12 bits' if self.narrow else ''}, {self.variant}"
         )
 
 

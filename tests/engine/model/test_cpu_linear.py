@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import psutil
@@ -13,10 +13,13 @@ from torch.nn import functional as F
 
 from engine.config import Activation
 from engine.errors import ConfigError
+from engine.model import cpu_linear
 from engine.model.cpu_linear import (
     MAX_INT8_FEATURES,
+    WORDS_PER_PATCH,
     Format,
     KernelLinear,
+    NarrowPanels,
     PanelEmbedding,
     WeightMemory,
     quantize_rows,
@@ -322,3 +325,78 @@ def test_no_embedding_is_read_from_int8(variant: str) -> None:
     )
     with pytest.raises(ConfigError, match="int8"):
         PanelEmbedding(head)
+
+
+def _no_patch(weight: Tensor) -> None:
+    weight.uniform_(1, 2)
+
+
+def _normal(weight: Tensor) -> None:
+    weight.normal_(std=0.02)
+
+
+def _rare(weight: Tensor) -> None:
+    """Sixteen upper bytes, and one more at both ends and twice in a word."""
+    bytes_ = torch.arange(0x30, 0x40).repeat(weight.numel() // 16 + 1)[: weight.numel()]
+    weight.copy_((bytes_.short() << 8).view(torch.bfloat16).view(weight.shape))
+    for row, column in ((0, 0), (-1, -1), (13, 4), (13, 5)):
+        weight[row % len(weight), column % weight.shape[1]] = -1.5e-30
+
+
+def _zeros(weight: Tensor) -> None:
+    weight.zero_()
+
+
+WEIGHTS = [_no_patch, _normal, _rare, _zeros]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 7), (101, 130), (768, 96), (6, 200)])
+@pytest.mark.parametrize("fill", WEIGHTS)
+def test_twelve_bits_lose_none(
+    variant: str,
+    shape: tuple[int, int],
+    fill: Callable[[Tensor], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_linear, "WORDS_PER_PATCH", 1)  # small weights may have many
+    linear = _linear(*shape, torch.bfloat16)
+    fill(linear.weight.data)
+    narrow, wide = (
+        KernelLinear(linear, WeightMemory(), in_dtype=torch.float32, variant=variant, narrow=each)
+        for each in (True, False)
+    )
+    assert (narrow.narrow, wide.narrow) == (True, False)
+    for rows in NUM_ROWS:
+        x = torch.randn(rows, shape[0])
+        assert torch.equal(narrow(x).view(torch.int16), wide(x).view(torch.int16))
+    ids = torch.arange(shape[1])
+    assert torch.equal(PanelEmbedding(narrow)(ids), linear.weight.float())
+
+
+def test_patches_are_the_rare_words_alone(variant: str) -> None:
+    weight = torch.empty(64, 1024, dtype=torch.bfloat16)
+    _rare(weight)
+    held = NarrowPanels.of(weight, WeightMemory(), variant)
+    assert held is not None
+    places = [(each & 0xFFFFFFFF) for each in held.patches.tolist()]
+    assert places == [0 * 64 + 0, 2 * 64 + 13, 511 * 64 + 63]  # step * PANEL + output
+    assert held.bytes.nbytes == weight.nbytes * 12 // 16
+
+
+def test_many_patches_are_not_worth_it(variant: str) -> None:
+    memory = WeightMemory()
+    linear = _linear(64, 640, torch.bfloat16)
+    linear.weight.data.uniform_(1, 2)
+    words = linear.weight.view(torch.int32).flatten()  # two numbers each
+    upper = torch.arange(0x40, 0x60).repeat_interleave(2) << 24  # 32 more upper bytes, rare
+    most = len(words) // WORDS_PER_PATCH
+    assert most > len(upper)
+    words[:: len(words) // most][: len(upper)] = upper.int()
+    assert KernelLinear(linear, memory, variant=variant).narrow
+    torch.randint(-(2**31), 2**31, words.shape, out=words, dtype=torch.int32)
+    held = KernelLinear(linear, memory, variant=variant)
+    assert not held.narrow
+    after = KernelLinear(_linear(64, 64, torch.bfloat16), memory, variant=variant)
+    assert after.narrow  # and the memory is in order
+    finite = torch.nan_to_num(linear.weight.float(), 0.0, 0.0, 0.0)
+    assert torch.equal(PanelEmbedding(held)(torch.arange(640)).nan_to_num(0.0, 0.0, 0.0), finite)
