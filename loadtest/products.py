@@ -56,11 +56,14 @@ class WeightOnly(nn.Module):
 
 
 def ways_of(linears: Sequence[nn.Linear], *, compiles: bool) -> dict[str, Way]:
-    """The products by each way; those of int8 apart, all are of bfloat16."""
+    """The products by each way; of bfloat16, but those of int8. `kernel` reads 12 bits of each."""
     memory = WeightMemory()
     packed = [PackedProduct(linear, None) for linear in linears]
     ways: dict[str, Way] = {
         "kernel": Layers([KernelLinear(linear, memory) for linear in linears]),
+        "kernel_16_bits": Layers(
+            [KernelLinear(linear, memory, twelve_bits=False) for linear in linears]
+        ),
         "linear": Layers(linears),
         "prepacked": lambda x: [product(x) for product in packed],
         "kernel_int8": Layers(

@@ -10,7 +10,6 @@ from torch import nn
 
 from engine.config import DType
 from engine.model.attention.base import KVCache
-from engine.model.cpu_linear import NARROW_BYTES
 from engine.model.gpt2 import GPT2
 from engine.model.library import KernelUnavailableError, supported_variants
 from engine.model.loader import read_config
@@ -23,8 +22,9 @@ from loadtest.workload import Workload
 class Sizes:
     """What a step must read and multiply, as `auto` would serve it on this machine.
 
-    kv_bytes: of one token; embedding: parameters in it; weight_bytes: as they are held, which is in
-    12 bits each for the weights of bfloat16 products on a CPU.
+    kv_bytes: of one token; embedding: parameters in it; file_bytes: of the weights in this dtype;
+    weight_bytes: as they are held, in 12 bits each where a CPU's kernel multiplies bfloat16 (all
+    but those with too many patches, which no trained weights had).
     """
 
     parameters: int
@@ -33,6 +33,7 @@ class Sizes:
     hidden: int
     device: str
     dtype: str
+    file_bytes: int
     weight_bytes: int
     kv_bytes: int
     vocab_size: int
@@ -57,25 +58,20 @@ class Sizes:
             hidden=config.hidden_size,
             device=device.type,
             dtype=str(served).removeprefix("torch."),
-            weight_bytes=_held_bytes(network, device.type, served),
+            file_bytes=parameters * served.itemsize,
+            weight_bytes=parameters * served.itemsize - _bytes_saved(network, device.type, served),
             kv_bytes=KVCache.bytes_per_block(config, 1, served),
             vocab_size=config.vocab_size,
             max_position=config.max_position,
         )
 
 
-def _held_bytes(network: nn.Module, device: str, dtype: torch.dtype) -> int:
-    """Of a network's parameters; tied ones are held once."""
-    narrow = device == "cpu" and dtype == torch.bfloat16 and _has_products()
-    multiplied = {
-        id(module.weight) for module in network.modules() if isinstance(module, nn.Linear)
-    }
-    return int(
-        sum(
-            each.numel() * (NARROW_BYTES if narrow and id(each) in multiplied else dtype.itemsize)
-            for each in network.parameters()
-        )
-    )
+def _bytes_saved(network: nn.Module, device: str, dtype: torch.dtype) -> int:
+    """By holding a network's products in 12 bits; a weight that two modules share counts once."""
+    if device != "cpu" or dtype != torch.bfloat16 or not _has_products():
+        return 0
+    multiplied = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
+    return sum(weight.numel() // 2 for weight in multiplied)
 
 
 def _has_products() -> bool:

@@ -21,13 +21,13 @@
 // The structure that Python fills, field by field as in cpu_linear.py.
 
 struct RopewayLinear {
-    const void *weight;        // [panels, steps, PANEL] words of 32 bits, or NarrowWeight's bytes
+    const void *weight;        // [panels, steps, PANEL] words of 32 bits, or BF12Weight's bytes
     const float *scale;        // [panels * PANEL]: int8 only, what a weight of 1 stands for
     const int32_t *offset;     // [panels * PANEL]: int8 only, 128 times the sum of its weights
     const float *bias;         // [panels * PANEL], or null
     const float *norm_weight;  // [in_features, and up to whole vectors], or null
     const float *norm_bias;    // the same
-    const uint8_t *codes;      // as NarrowWeight; null: the weight is words
+    const uint8_t *codes;      // as BF12Weight; null: the weight is words
     const RopewayPatch *patches;
     const int64_t *patch_begins;
     int32_t in_features, out_features;
@@ -40,7 +40,6 @@ struct RopewayLinear {
 
 namespace {
 
-constexpr int PANEL_VECTORS = PANEL / LANES;
 constexpr int CHUNK_ROWS = 192;  // rows that stay in the nearer caches while panels pass
 constexpr int AHEAD = 24;        // steps: how far ahead of a single row the panel is asked for
 
@@ -48,7 +47,7 @@ constexpr int AHEAD = 24;        // steps: how far ahead of a single row the pan
 
 struct Float32 {
     typedef Vec Sum;
-    static constexpr bool NARROW = false;  // may be held in fewer bits than it has
+    static constexpr bool IN_12_BITS = false;  // whether it may be held so
     static constexpr int WIDTH = 1;
     static constexpr int ROWS = REGISTERS == 32 ? 6 : 4;
     static Sum dot(Sum sum, BitVec weight, uint32_t x) {
@@ -59,7 +58,7 @@ struct Float32 {
 // AVX512-BF16's instruction, or the same two multiply-adds in float32.
 struct BF16 {
     typedef Vec Sum;
-    static constexpr bool NARROW = true;
+    static constexpr bool IN_12_BITS = true;
     static constexpr int WIDTH = 2;
     static constexpr int ROWS = REGISTERS == 32 ? 6 : 3;
     static Sum dot(Sum sum, BitVec weight, uint32_t x) {
@@ -76,7 +75,7 @@ struct BF16 {
 // integers, so they are exact.
 struct Int8 {
     typedef IntVec Sum;
-    static constexpr bool NARROW = false;
+    static constexpr bool IN_12_BITS = false;
     static constexpr int WIDTH = 4;
     static constexpr int ROWS = REGISTERS == 32 ? 6 : 3;
     static Sum dot(Sum sum, BitVec weight, uint32_t x) {
@@ -141,7 +140,7 @@ inline int steps_of(const RopewayLinear &layer) {
     return (layer.in_features + width - 1) / width;
 }
 
-inline NarrowWeight narrow(const RopewayLinear &layer) {
+inline BF12Weight bf12(const RopewayLinear &layer) {
     return {(const uint8_t *)layer.weight, layer.codes, layer.patches, layer.patch_begins,
             steps_of(layer)};
 }
@@ -243,25 +242,6 @@ inline void finish(const RopewayLinear &layer, const Rows &rows, int row, int co
     }
 }
 
-// A panel of words being read, step after step, from vector `first` on.
-struct WidePanel {
-    const uint32_t *const words;
-    const int first;
-
-    int clean_until(int num_steps) const { return num_steps; }
-    template <int VECTORS>
-    void read(int step, BitVec *to) const {
-        const uint32_t *const from = words + int64_t(step) * PANEL + first * LANES;
-        for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(to + v, from + v * LANES, sizeof *to);
-    }
-    template <int VECTORS>
-    void read_patched(int, BitVec *) {}
-    void ask_for(int step) const {
-        const uint32_t *const from = words + int64_t(step) * PANEL;
-        for (int i = 0; i < PANEL; i += 16) __builtin_prefetch(from + i, 0, 3);
-    }
-};
-
 // ROWS rows by VECTORS vectors of a panel's outputs. A single row waits for memory: it asks early.
 // Not inline: among its callers the compiler would lack registers for the sums.
 template <class Format, int ROWS, int VECTORS, class Panel>
@@ -278,13 +258,14 @@ __attribute__((noinline)) void multiply(const RopewayLinear &layer, const Rows &
     };
     for (int s = 0; s < steps; ++s) {
         BitVec weight[VECTORS];
-        for (const int end = panel.clean_until(steps); s < end; ++s) {
+        for (const int end = panel.next_patch(steps); s < end; ++s) {
             panel.template read<VECTORS>(s, weight);
-            if (ROWS == 1) panel.ask_for(s + AHEAD);
+            if (ROWS == 1) panel.template ask_for<VECTORS>(s + AHEAD);
             add(s, weight);
         }
-        if (s == steps) break;
+        if (s >= steps) break;
         panel.template read_patched<VECTORS>(s, weight);
+        if (ROWS == 1) panel.template ask_for<VECTORS>(s + AHEAD);
         add(s, weight);
     }
     for (int r = 0; r < ROWS; ++r)
@@ -308,16 +289,14 @@ inline void multiply_rows(const RopewayLinear &layer, const Rows &rows, int row,
 template <class Format>
 inline void multiply_panel(const RopewayLinear &layer, const Rows &rows, int row, int end,
                            int64_t panel) {
-    const auto words = [&](int vector) {
-        const int64_t begin = panel * rows.steps * PANEL;
-        return WidePanel{(const uint32_t *)layer.weight + begin, vector};
-    };
-    const auto bytes = [&](int vector) { return NarrowPanel(narrow(layer), panel, vector); };
     const int column = int(panel) * PANEL;
-    if constexpr (Format::NARROW)
+    const auto coded = [&](int vector) { return BF12Panel(bf12(layer), panel, vector); };
+    if constexpr (Format::IN_12_BITS)
         if (layer.codes)
-            return multiply_rows<Format, Format::ROWS>(layer, rows, row, end, bytes, column);
-    multiply_rows<Format, Format::ROWS>(layer, rows, row, end, words, column);
+            return multiply_rows<Format, Format::ROWS>(layer, rows, row, end, coded, column);
+    const uint32_t *const words = (const uint32_t *)layer.weight + panel * rows.steps * PANEL;
+    const auto whole = [=](int vector) { return WordPanel{words, vector}; };
+    multiply_rows<Format, Format::ROWS>(layer, rows, row, end, whole, column);
 }
 
 // ---- A call --------------------------------------------------------------------------------------
@@ -375,17 +354,17 @@ int run_format(const RopewayLinear &layer, const T *x, const float *residual, vo
 // A row of the weight as numbers: what an output's panel holds of it, word after word.
 inline void gather(const RopewayLinear &layer, int64_t output, float *to) {
     const int steps = steps_of(layer), count = layer.in_features;
+    const auto put = [&layer, to, count](int step, uint32_t word) {
+        const uint32_t pair[] = {word << 16, word & 0xffff0000u};
+        if (layer.format == 0)
+            __builtin_memcpy(to + step, &word, sizeof word);
+        else
+            __builtin_memcpy(to + 2 * step, pair, smaller(2, count - 2 * step) * sizeof *pair);
+    };
+    if (layer.codes) return bf12(layer).each_word(output, put);
     const uint32_t *const words =
         (const uint32_t *)layer.weight + output / PANEL * steps * PANEL + output % PANEL;
-    if (layer.format == 0) {
-        for (int s = 0; s < steps; ++s) __builtin_memcpy(to + s, words + s * PANEL, sizeof *to);
-        return;
-    }
-    for (int s = 0; s < steps; ++s) {
-        const uint32_t word = layer.codes ? narrow(layer).word(output, s) : words[s * PANEL];
-        const uint32_t pair[] = {word << 16, word & 0xffff0000u};
-        __builtin_memcpy(to + 2 * s, pair, smaller(2, count - 2 * s) * sizeof *to);
-    }
+    for (int s = 0; s < steps; ++s) put(s, words[s * PANEL]);
 }
 
 }  // namespace
@@ -421,30 +400,35 @@ extern "C" int NAMED(ropeway_embedding_, VARIANT)(const RopewayLinear *layer, co
     return 0;
 }
 
-// A bfloat16 weight [outputs, inputs] in 12 bits; to: NarrowWeight's, bytes zero before. Returns 0,
-// or 1 when more than `most` words need a patch: then bytes and patches are as they were.
-extern "C" int NAMED(ropeway_narrow_, VARIANT)(const uint16_t *weight, uint8_t *bytes,
-                                               uint8_t *codes, RopewayPatch *patches,
-                                               int64_t *patch_begins, int64_t most,
-                                               int32_t outputs, int32_t inputs,
-                                               int32_t num_threads) {
+// To hold a bfloat16 weight [outputs, inputs] in 12 bits: each panel's codes, and where its patches
+// begin. The last of patch_begins is how many there are.
+extern "C" int NAMED(ropeway_bf12_codes_, VARIANT)(const uint16_t *weight, uint8_t *codes,
+                                                   int64_t *patch_begins, int32_t outputs,
+                                                   int32_t inputs, int32_t num_threads) {
     const int panels = (outputs + PANEL - 1) / PANEL;
-    const auto at = [=](int panel) {
-        return WeightPanel{weight, outputs, inputs, panel * PANEL};
-    };
-    patch_begins[0] = 0;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int panel = 0; panel < panels; ++panel) {
-        uint8_t *const mine = codes + int64_t(panel) * BF12::CODES;
-        at(panel).choose(mine);
-        patch_begins[panel + 1] = at(panel).write(mine, nullptr, nullptr);
+        const BF12Writer writer{weight, outputs, inputs, panel * PANEL};
+        writer.choose(codes + int64_t(panel) * BF12::CODES);
+        patch_begins[panel + 1] = writer.count_patches(codes + int64_t(panel) * BF12::CODES);
     }
+    patch_begins[0] = 0;
     for (int panel = 0; panel < panels; ++panel) patch_begins[panel + 1] += patch_begins[panel];
-    if (patch_begins[panels] > most) return 1;
-    const int64_t panel_bytes = int64_t(inputs + 1) / 2 * BF12::STEP;
+    return 0;
+}
+
+// And then the rest of BF12Weight.
+extern "C" int NAMED(ropeway_bf12_write_, VARIANT)(const uint16_t *weight, const uint8_t *codes,
+                                                   const int64_t *patch_begins, uint8_t *bytes,
+                                                   RopewayPatch *patches, int32_t outputs,
+                                                   int32_t inputs, int32_t num_threads) {
+    const int panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int panel = 0; panel < panels; ++panel)
-        at(panel).write(codes + int64_t(panel) * BF12::CODES, bytes + panel * panel_bytes,
-                        patches + patch_begins[panel]);
+    for (int panel = 0; panel < panels; ++panel) {
+        const BF12Writer writer{weight, outputs, inputs, panel * PANEL};
+        writer.write(codes + int64_t(panel) * BF12::CODES,
+                     bytes + int64_t(panel) * writer.steps() * BF12::STEP,
+                     patches + patch_begins[panel]);
+    }
     return 0;
 }

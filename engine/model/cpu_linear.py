@@ -19,13 +19,10 @@ Format = Literal["float32", "bfloat16", "int8"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8")
 ACTIVATIONS: tuple[Activation | None, ...] = (None, "gelu", "gelu_tanh", "relu", "relu2")
 PANEL = 64
-"""Outputs whose weights stand together; PANEL of cpu_bf12.h."""
+"""Outputs whose weights stand together; PANEL of cpu_panel.h."""
 
 MAX_INT8_FEATURES = 2**31 // (255 * 127) - 1
 """Beyond so many in_features a sum of int8 products might not fit into 32 bits."""
-
-NARROW_BYTES = 1.5
-"""What a bfloat16 takes in 12 bits."""
 
 WORDS_PER_PATCH = 256
 """bfloat16 is held in 12 bits where at most one word of so many needs a patch. Trained weights: one
@@ -89,10 +86,6 @@ class WeightMemory:
         self._used += size
         return place
 
-    def give_back(self, place: Tensor) -> None:
-        """What was taken last, and not written to."""
-        self._used -= -(-place.nbytes // 64) * 64
-
     def copy(self, tensor: Tensor) -> Tensor:
         """The same tensor here, contiguous."""
         return self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
@@ -118,34 +111,35 @@ def to_panels(weight: Tensor) -> Tensor:
     return padded.view(-1, PANEL, padded.shape[1] // width, width).transpose(1, 2)
 
 
-class NarrowPanels(NamedTuple):
-    """A bfloat16 weight in 12 bits a number, without loss; NarrowWeight of cpu_bf12.h."""
+class BF12Weight(NamedTuple):
+    """A bfloat16 weight in 12 bits a number, without loss; BF12Weight of cpu_bf12.h."""
 
-    bytes: Tensor
+    panels: Tensor
     codes: Tensor
     patches: Tensor
     patch_begins: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, memory: WeightMemory, variant: str) -> NarrowPanels | None:
+    def of(cls, weight: Tensor, memory: WeightMemory, variant: str) -> BF12Weight | None:
         """bfloat16 [out_features, in_features]; None where too many words would need a patch."""
+        weight = weight.contiguous()
         outputs, inputs = weight.shape
         panels, words = -(-outputs // PANEL), -(-inputs // 2) * PANEL
-        most = panels * words // WORDS_PER_PATCH
-        held = cls(
-            memory.take(int(panels * words * 2 * NARROW_BYTES)),
-            torch.empty(panels, 16, dtype=torch.uint8),
-            torch.empty(most, dtype=torch.int64),
-            torch.empty(panels + 1, dtype=torch.int64),
-        )
-        types = [*[ctypes.c_void_p] * 5, ctypes.c_int64, *[ctypes.c_int32] * 3]
-        _, write = load_kernel("linear", types, variant, "narrow")
-        read = weight.contiguous()
-        addresses = (each.data_ptr() for each in (read, *held))
-        if write(*addresses, most, outputs, inputs, torch.get_num_threads()):
-            memory.give_back(held.bytes)
+        sizes = (outputs, inputs, torch.get_num_threads())
+        types: list[type] = [*[ctypes.c_void_p] * 3, *[ctypes.c_int32] * 3]
+        _, find_codes = load_kernel("linear", types, variant, "bf12_codes")
+        codes = torch.empty(panels, 16, dtype=torch.uint8)
+        begins = torch.empty(panels + 1, dtype=torch.int64)
+        find_codes(weight.data_ptr(), codes.data_ptr(), begins.data_ptr(), *sizes)
+        num_patches = int(begins[-1])
+        if num_patches * WORDS_PER_PATCH > panels * words:
             return None
-        return held._replace(patches=held.patches[: int(held.patch_begins[-1])].clone())
+        patches = torch.empty(num_patches, dtype=torch.int64)
+        place = memory.take(panels * words * 3)
+        types = [*[ctypes.c_void_p] * 5, *[ctypes.c_int32] * 3]
+        _, write = load_kernel("linear", types, variant, "bf12_write")
+        write(*(each.data_ptr() for each in (weight, codes, begins, place, patches)), *sizes)
+        return cls(place, codes, patches, begins)
 
 
 def _padded(vector: Tensor | None) -> Tensor | None:
@@ -173,10 +167,10 @@ class KernelLinear(nn.Module):
         out_dtype: torch.dtype | None = None,
         variant: str | None = None,
         kept_rows: int = 0,
-        narrow: bool = True,
+        twelve_bits: bool = True,
     ) -> None:
         """norm: a LayerNorm or RMSNorm that stands before. weight_format: None: as the weight is.
-        narrow: hold bfloat16 in 12 bits, without loss, where that is faster.
+        twelve_bits: hold bfloat16 so, without loss, where few enough words need a patch.
         kept_rows: so many have one memory for good: what a call returned, the next overwrites.
 
         in_dtype, out_dtype: float32 or bfloat16; None: the weight's. Raises KernelUnavailableError
@@ -210,13 +204,13 @@ class KernelLinear(nn.Module):
             offset = F.pad(128 * weight.sum(dim=1, dtype=torch.int32), (0, -len(weight) % PANEL))
         else:
             weight = weight.to(getattr(torch, self.weight_format))
-        panels: tuple[Tensor | None, ...] | None = None
-        if narrow and self.weight_format == "bfloat16":
-            panels = NarrowPanels.of(weight, memory, self.variant)
-        self.narrow = panels is not None
-        weights, *rest = panels or (memory.copy(to_panels(weight)), None, None, None)
+        coded = None
+        if twelve_bits and self.weight_format == "bfloat16":
+            coded = BF12Weight.of(weight, memory, self.variant)
+        self.in_12_bits = coded is not None
+        panels, *rest = coded or (memory.copy(to_panels(weight)), None, None, None)
         self._tensors = (  # kept alive: the structure holds their addresses
-            weights,
+            panels,
             _padded(scale),
             offset,
             _padded(linear.bias),
@@ -276,7 +270,7 @@ class KernelLinear(nn.Module):
         """What print(model) shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"{self.weight_format}{' in 12 bits' if self.narrow else ''}, {self.variant}"
+            f"{self.weight_format}{' in 12 bits' if self.in_12_bits else ''}, {self.variant}"
         )
 
 

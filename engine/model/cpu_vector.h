@@ -39,6 +39,7 @@ typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 typedef uint8_t ByteVec __attribute__((vector_size(LANES)));
+typedef uint8_t WideByteVec __attribute__((vector_size(4 * LANES)));
 typedef int16_t ShortVec __attribute__((vector_size(4 * LANES)));
 
 struct BFloat16 {
@@ -165,6 +166,30 @@ inline IntVec multiply_pairs(ShortVec a, ShortVec b) {
 #elif defined(__AVX2__)
 inline IntVec multiply_pairs(ShortVec a, ShortVec b) {
     return (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+#endif
+
+// Bytes: those of a table of 16, once in every 128 bits, that indices below 16 name; and those of two
+// vectors in turns, from the first or the last half of every 128 bits.
+#if defined(__AVX512BW__)
+inline WideByteVec look_up(WideByteVec table, WideByteVec indices) {
+    return (WideByteVec)_mm512_shuffle_epi8((__m512i)table, (__m512i)indices);
+}
+inline WideByteVec interleave_first(WideByteVec a, WideByteVec b) {
+    return (WideByteVec)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b);
+}
+inline WideByteVec interleave_last(WideByteVec a, WideByteVec b) {
+    return (WideByteVec)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b);
+}
+#elif defined(__AVX2__)
+inline WideByteVec look_up(WideByteVec table, WideByteVec indices) {
+    return (WideByteVec)_mm256_shuffle_epi8((__m256i)table, (__m256i)indices);
+}
+inline WideByteVec interleave_first(WideByteVec a, WideByteVec b) {
+    return (WideByteVec)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b);
+}
+inline WideByteVec interleave_last(WideByteVec a, WideByteVec b) {
+    return (WideByteVec)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b);
 }
 #endif
 

@@ -63,7 +63,7 @@ def measure(
             memory = memory_of(server, sizes)
         progress()
     limit = statistics.median(seconds["import torch"])
-    limit += sizes.weight_bytes / (machine.read_gb_s * 1e9)
+    limit += sizes.file_bytes / (machine.read_gb_s * 1e9)
     return document(
         "startup",
         {"name": model.name, "parameters": sizes.parameters, "dtype": sizes.dtype},

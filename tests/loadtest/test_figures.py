@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_limits_by_hand() -> None:
         hidden=64,
         device="cpu",
         dtype="bfloat16",
+        file_bytes=3_000_000,
         weight_bytes=2_000_000,
         kv_bytes=512,
         vocab_size=9,
@@ -82,10 +84,28 @@ def test_sizes_of_a_model(tiny_model_dir: Path) -> None:
     sizes = Sizes.of(tiny_model_dir, "float32")
     stored = load_file(tiny_model_dir / "model.safetensors")
     assert sizes.parameters == sum(tensor.numel() for tensor in stored.values())
-    assert sizes.weight_bytes == 4 * sizes.parameters
+    assert sizes.weight_bytes == sizes.file_bytes == 4 * sizes.parameters
     assert sizes.embedding == stored["embedding.weight"].numel()
     assert sizes.kv_bytes == 2 * 2 * 64 * 4
     assert (sizes.max_position, sizes.dtype) == (192, "float32")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_products_in_bfloat16_are_held_in_12_bits(
+    tiny_model_dir: Path, tmp_path: Path, tied: bool
+) -> None:
+    described = json.loads((tiny_model_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"tie_embeddings": tied}))
+    sizes = Sizes.of(tmp_path, "bfloat16")
+    stored = load_file(tiny_model_dir / "model.safetensors")
+    matrices = sum(
+        tensor.numel()
+        for name, tensor in stored.items()
+        if tensor.ndim == 2 and name not in ("embedding.weight", "head.weight")
+    )
+    matrices += sizes.embedding  # the head; an embedding of its own is looked up
+    assert sizes.file_bytes == 2 * sizes.parameters
+    assert sizes.file_bytes - sizes.weight_bytes == matrices / 2
 
 
 BURN = "import time; t = time.process_time\nwhile t() < 0.3: pass\nprint(flush=True); input()"

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from loadtest.products import shapes_of, ways_of
 
-WAYS = {"kernel", "linear", "prepacked", "kernel_int8", "weight_only_int8"}
+WAYS = {"kernel", "kernel_16_bits", "linear", "prepacked", "kernel_int8", "weight_only_int8"}
 
 
 @torch.no_grad()

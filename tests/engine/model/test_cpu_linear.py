@@ -17,9 +17,9 @@ from engine.model import cpu_linear
 from engine.model.cpu_linear import (
     MAX_INT8_FEATURES,
     WORDS_PER_PATCH,
+    BF12Weight,
     Format,
     KernelLinear,
-    NarrowPanels,
     PanelEmbedding,
     WeightMemory,
     quantize_rows,
@@ -327,76 +327,112 @@ def test_no_embedding_is_read_from_int8(variant: str) -> None:
         PanelEmbedding(head)
 
 
-def _no_patch(weight: Tensor) -> None:
-    weight.uniform_(1, 2)
+# ---- bfloat16 in 12 bits ----
 
 
 def _normal(weight: Tensor) -> None:
     weight.normal_(std=0.02)
 
 
-def _rare(weight: Tensor) -> None:
-    """Sixteen upper bytes, and one more at both ends and twice in a word."""
-    bytes_ = torch.arange(0x30, 0x40).repeat(weight.numel() // 16 + 1)[: weight.numel()]
-    weight.copy_((bytes_.short() << 8).view(torch.bfloat16).view(weight.shape))
-    for row, column in ((0, 0), (-1, -1), (13, 4), (13, 5)):
-        weight[row % len(weight), column % weight.shape[1]] = -1.5e-30
-
-
-def _zeros(weight: Tensor) -> None:
+def _zero(weight: Tensor) -> None:
     weight.zero_()
 
 
-WEIGHTS = [_no_patch, _normal, _rare, _zeros]
+def _patched(weight: Tensor) -> None:
+    """Sixteen upper bytes everywhere; others at the ends, in both of a word, in one step often."""
+    upper = torch.randint(0x30, 0x40, weight.shape)
+    lower = torch.randint(0, 0x100, weight.shape)
+    outputs, inputs = weight.shape
+    for output, column in ((0, 0), (-1, -1), (13, 4), (13, 5), *((n, 6) for n in (12, 29, 61))):
+        upper[output % outputs, column % inputs] = 0x8D
+    weight.copy_((upper << 8 | lower).short().view(torch.bfloat16))
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (33, 7), (101, 130), (768, 96), (6, 200)])
-@pytest.mark.parametrize("fill", WEIGHTS)
+def _unusual(weight: Tensor) -> None:
+    """NaN with something in it, infinities, -0, and numbers that are not normal."""
+    numbers = torch.tensor([0x7FC1, 0xFF81, 0x7F80, 0xFF80, 0x8000, 0x0001, 0x807F, 0x3F80])
+    chosen = numbers[torch.randint(0, 8, weight.shape)]
+    weight.copy_(chosen.short().view(torch.bfloat16))
+
+
+FILLS = [_normal, _zero, _patched, _unusual]
+
+
+def _held(
+    linear: nn.Linear, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[KernelLinear, KernelLinear]:
+    """In 12 bits, however many patches that takes, and in 16."""
+    monkeypatch.setattr(cpu_linear, "WORDS_PER_PATCH", 1)
+    coded, whole = (
+        KernelLinear(
+            linear, WeightMemory(), in_dtype=torch.float32, variant=variant, twelve_bits=each
+        )
+        for each in (True, False)
+    )
+    assert (coded.in_12_bits, whole.in_12_bits) == (True, False)
+    return coded, whole
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.view(torch.int16 if numbers.itemsize == 2 else torch.int32)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 7), (101, 130), (768, 96), (6, 200), (1, 1)])
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("threads", [1, 3])
 def test_twelve_bits_lose_none(
     variant: str,
     shape: tuple[int, int],
     fill: Callable[[Tensor], None],
+    threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_linear, "WORDS_PER_PATCH", 1)  # small weights may have many
+    torch.set_num_threads(threads)
     linear = _linear(*shape, torch.bfloat16)
     fill(linear.weight.data)
-    narrow, wide = (
-        KernelLinear(linear, WeightMemory(), in_dtype=torch.float32, variant=variant, narrow=each)
-        for each in (True, False)
-    )
-    assert (narrow.narrow, wide.narrow) == (True, False)
+    coded, whole = _held(linear, variant, monkeypatch)
+    read = PanelEmbedding(coded)(torch.arange(shape[1]))
+    assert torch.equal(_bits(read), _bits(linear.weight.float()))
     for rows in NUM_ROWS:
         x = torch.randn(rows, shape[0])
-        assert torch.equal(narrow(x).view(torch.int16), wide(x).view(torch.int16))
-    ids = torch.arange(shape[1])
-    assert torch.equal(PanelEmbedding(narrow)(ids), linear.weight.float())
+        assert torch.equal(_bits(coded(x)), _bits(whole(x)))
 
 
-def test_patches_are_the_rare_words_alone(variant: str) -> None:
+def test_patches_are_the_words_without_codes(variant: str) -> None:
     weight = torch.empty(64, 1024, dtype=torch.bfloat16)
-    _rare(weight)
-    held = NarrowPanels.of(weight, WeightMemory(), variant)
+    torch.manual_seed(0)
+    _patched(weight)
+    held = BF12Weight.of(weight, WeightMemory(), variant)
     assert held is not None
-    places = [(each & 0xFFFFFFFF) for each in held.patches.tolist()]
-    assert places == [0 * 64 + 0, 2 * 64 + 13, 511 * 64 + 63]  # step * PANEL + output
-    assert held.bytes.nbytes == weight.nbytes * 12 // 16
+    assert held.panels.nbytes == weight.nbytes * 12 // 16
+    words = weight.contiguous().view(torch.int32)
+    by_place = {each & 0xFFFFFFFF: each >> 32 for each in held.patches.tolist()}
+    assert by_place == {
+        step * 64 + output: int(words[output, step])
+        for output, step in ((0, 0), (13, 2), (12, 3), (29, 3), (61, 3), (63, 511))
+    }
+    assert list(by_place) == sorted(by_place)
 
 
-def test_many_patches_are_not_worth_it(variant: str) -> None:
+@pytest.mark.parametrize("too_many", [0, 1])
+def test_many_patches_are_not_worth_it(variant: str, too_many: int) -> None:
+    linear, after = _linear(1024, 64, torch.bfloat16), _linear(64, 64, torch.bfloat16)
+    words = 64 * 1024 // 2
+    rare = words // WORDS_PER_PATCH + too_many
+    upper = torch.arange(0x30, 0x40).repeat(words // 8)
+    upper[: 2 * rare : 2] = 0x8D
+    linear.weight.data.copy_((upper << 8).short().view(torch.bfloat16).view(64, 1024))
     memory = WeightMemory()
-    linear = _linear(64, 640, torch.bfloat16)
-    linear.weight.data.uniform_(1, 2)
-    words = linear.weight.view(torch.int32).flatten()  # two numbers each
-    upper = torch.arange(0x40, 0x60).repeat_interleave(2) << 24  # 32 more upper bytes, rare
-    most = len(words) // WORDS_PER_PATCH
-    assert most > len(upper)
-    words[:: len(words) // most][: len(upper)] = upper.int()
-    assert KernelLinear(linear, memory, variant=variant).narrow
-    torch.randint(-(2**31), 2**31, words.shape, out=words, dtype=torch.int32)
-    held = KernelLinear(linear, memory, variant=variant)
-    assert not held.narrow
-    after = KernelLinear(_linear(64, 64, torch.bfloat16), memory, variant=variant)
-    assert after.narrow  # and the memory is in order
-    finite = torch.nan_to_num(linear.weight.float(), 0.0, 0.0, 0.0)
-    assert torch.equal(PanelEmbedding(held)(torch.arange(640)).nan_to_num(0.0, 0.0, 0.0), finite)
+    held = [KernelLinear(each, memory, variant=variant) for each in (linear, after)]
+    assert [each.in_12_bits for each in held] == [not too_many, True]
+    assert ("in 12 bits" in str(held[0])) == (not too_many)
+    for layer, weight in zip(held, (linear.weight, after.weight), strict=True):
+        assert torch.equal(PanelEmbedding(layer)(torch.arange(64)), weight.float())
+
+
+def test_a_weight_may_be_a_view(variant: str) -> None:
+    linear = _linear(64, 128, torch.bfloat16)
+    kept = linear.weight.detach().clone()
+    linear.weight.data = linear.weight.data.T.contiguous().T
+    held = KernelLinear(linear, WeightMemory(), variant=variant)
+    assert torch.equal(PanelEmbedding(held)(torch.arange(128)), kept.float())

@@ -1,0 +1,33 @@
+// Weights in the order in which products read them: panels of outputs, step after step.
+
+#pragma once
+
+#include "cpu_vector.h"
+
+namespace {
+
+constexpr int PANEL = 64;  // outputs whose weights stand together
+constexpr int PANEL_VECTORS = PANEL / LANES;
+
+// A panel of words, from vector `first` on.
+struct WordPanel {
+    const uint32_t *const words;  // [steps, PANEL]
+    const int first;
+
+    int next_patch(int num_steps) const { return num_steps; }  // words are whole
+    template <int VECTORS>
+    void read(int step, BitVec *to) const {
+        for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(to + v, at(step) + v * LANES, sizeof *to);
+    }
+    template <int VECTORS>
+    void read_patched(int, BitVec *) {}
+    template <int VECTORS>
+    void ask_for(int step) const {
+        for (int i = 0; i < VECTORS * LANES; i += 16) __builtin_prefetch(at(step) + i, 0, 3);
+    }
+
+  private:
+    const uint32_t *at(int step) const { return words + int64_t(step) * PANEL + first * LANES; }
+};
+
+}  // namespace
