@@ -18,7 +18,7 @@ ATTENTION = Path("engine/model/attention/cpu_kernel.cpp")
 LINEAR = Path("engine/model/cpu_linear.cpp")
 DRAW = Path("engine/execution/cpu_draw.cpp")
 STACK = Path("engine/model/cpu_stack.cpp")
-HEADERS = [Path(f"engine/model/cpu_{name}.h") for name in ("bf12", "memory", "panel", "vector")]
+HEADERS = sorted(Path("engine/model").glob("cpu_*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 INSTRUCTIONS = {

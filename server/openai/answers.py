@@ -159,7 +159,7 @@ class ChatChunk(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The model that is served. max_model_len: its context, in tokens."""
+    """The model that is served. max_model_len: its context in tokens, under its own rotation."""
 
     id: str
     object: Literal["model"] = "model"

@@ -50,7 +50,7 @@ def served_model(service: Service, model: str | None = None) -> EngineReady:
 
 def _model(service: Service, model: str | None = None) -> Model:
     ready = served_model(service, model)
-    return Model(id=ready.model, created=service.started, max_model_len=ready.max_position)
+    return Model(id=ready.model, created=service.started, max_model_len=ready.context)
 
 
 @router.get("/models", responses={503: {"model": OpenAIErrorBody}})

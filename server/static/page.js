@@ -288,7 +288,7 @@ function redraw() {
     const prompt = Math.max(0, ...runs.map((run) => run.scored.length));
     const marks = [
       { at: prompt, text: "answer", side: "bottom" },
-      { at: model?.max_model_len ?? 0, text: "trained context", side: "top" },
+      { at: model?.max_model_len ?? 0, text: "the model's context", side: "top" },
     ];
     const ends = plot($("chart"), curves, Number($("window").value), marks);
     const name = (profile) => runs.find((run) => run.profile === profile).rotation.name;
@@ -361,7 +361,7 @@ async function describe() {
     return; // it is starting, or wants a key; what is asked of it will say so
   }
   $("model").textContent = model.id;
-  $("context").textContent = `trained context ${model.max_model_len.toLocaleString("en")} tokens`;
+  $("context").textContent = `context ${model.max_model_len.toLocaleString("en")} tokens`;
   redraw();
 }
 

@@ -201,7 +201,7 @@ async def test_what_is_typed_is_asked_and_streams(page: Page, served: Served) ->
 
 
 async def test_the_model_is_named(page: Page) -> None:
-    await expect(page.locator("#serves")).to_have_text("fake trained context 64 tokens")
+    await expect(page.locator("#serves")).to_have_text("fake context 64 tokens")
 
 
 @pytest.mark.parametrize(
@@ -428,11 +428,11 @@ async def test_the_trained_context_is_marked_where_it_is_passed(page: Page, serv
     for request in both:
         await say(served, request, b"a" * 34)
     await expect(page.locator(".output .token")).to_have_count(68)
-    await expect(page.locator("#chart text", has_text="trained context")).to_have_count(0)
+    await expect(page.locator("#chart text", has_text="the model's context")).to_have_count(0)
     for request in both:
         await say(served, request, b"a" * 2, start=34, end=FinishReason.LENGTH)
     await expect(page.get_by_role("status")).to_have_text(["finished: length"] * 2)
-    label = page.locator("#chart text", has_text="trained context")
+    label = page.locator("#chart text", has_text="the model's context")
     await expect(label).to_have_count(1)  # 29 scores and 36 tokens: 65 of 64
     mark = page.locator("#chart .mark").nth(1)
     place = float(await mark.get_attribute("x1") or 0)

@@ -12,14 +12,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 
-from engine.messages import AbortRequest, AddRequest, EngineOutput, TokenLogprobs
+from engine.messages import AbortRequest, AddRequest, EngineOutput, Hello, TokenLogprobs
 from engine.request import FinishReason
 from engine.scaling import RopeScaling
 from tests.patience import PATIENCE
 from tests.server.conftest import Served
+from tests.server.fake_engine import READY
 
 TEXT = b"hello"
 
@@ -73,6 +75,17 @@ async def test_models(served: Served) -> None:
         assert (await client.models.retrieve("fake")) == model
         with pytest.raises(openai.NotFoundError, match="'other' is not served"):
             await client.models.retrieve("other")
+
+
+async def test_a_models_length_is_that_of_its_own_rotation(starting: Served) -> None:
+    stretched = msgspec.structs.replace(READY, rope=RopeScaling("ntk", 4.0))
+    await starting.fake.expect(Hello)
+    await starting.fake.welcome(stretched)
+    async with client_of(starting) as client, asyncio.timeout(PATIENCE):
+        while (await starting.http.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.01)
+        (model,) = (await client.models.list()).data
+    assert model.model_extra == {"max_model_len": 4 * READY.max_position}
 
 
 async def test_a_completion(served: Served) -> None:
