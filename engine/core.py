@@ -14,10 +14,10 @@ import zmq
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError, RopewayError
+from engine.execution.inputs import InputBatch
 from engine.execution.journal import StepJournal
 from engine.execution.masks import GrammarMasks
 from engine.execution.matcher import Vocabulary
-from engine.execution.runner import InputBatch
 from engine.execution.sampler import Sampler
 from engine.execution.select import select_runner
 from engine.frontend.tokenizer import Tokenizer

@@ -1,73 +1,23 @@
-"""Carries out a step: batch tensors, the pages, the network, the sampler."""
+"""Carries out a step: the network over its inputs, the sampler behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.execution.inputs import InputBatch, Inputs
 from engine.execution.sampler import Sampler
 from engine.execution.transfer import upload
 from engine.messages import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 from engine.model.attention.base import AttentionBackend, AttentionMetadata
 from engine.model.gpt2 import GPT2
-from engine.request import Request
 
 SCORED_ROWS = 128
 """Rows of logits that are kept at once for scoring: a row is as long as the vocabulary."""
-
-
-class InputBatch:
-    """The block tables of the running requests, kept between steps, one row each.
-
-    A row is extended by what its request gained since the last step, so that a step's work does not
-    grow with the context; where the request dropped a page, it is written anew.
-    """
-
-    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
-        """max_blocks: blocks of most requests; the tables widen for longer ones."""
-        self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self.bases: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self.num_blocks: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
-        self.profiles: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
-        self._dropped: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
-        self._rows: dict[str, int] = {}
-        self._free = list(range(max_num_seqs))
-
-    def release(self, request_ids: Iterable[str]) -> None:
-        """Give the rows of finished, aborted and preempted requests back."""
-        for request_id in request_ids:
-            row = self._rows.pop(request_id, None)
-            if row is not None:
-                self._free.append(row)
-
-    def row(self, request: Request) -> int:
-        """The request's row, brought up to date."""
-        row = self._rows.get(request.request_id)
-        if row is None:
-            row = self._rows[request.request_id] = self._free.pop()
-            self.num_blocks[row] = 0
-            self.profiles[row] = request.profile
-        if self._dropped[row] != request.num_dropped_blocks:
-            self._dropped[row] = request.num_dropped_blocks
-            self.num_blocks[row] = 0
-        known, total = self.num_blocks[row], len(request.block_table)
-        if known < total:
-            if total > self.block_tables.shape[1]:
-                self._widen(total)
-            self.block_tables[row, known:total] = request.block_table[known:]
-            self.bases[row, known:total] = request.bases[known:]
-            self.num_blocks[row] = total
-        return row
-
-    def _widen(self, num_blocks: int) -> None:
-        more = max(num_blocks, 2 * self.block_tables.shape[1]) - self.block_tables.shape[1]
-        self.block_tables = np.pad(self.block_tables, ((0, 0), (0, more)))
-        self.bases = np.pad(self.bases, ((0, 0), (0, more)))
 
 
 class Runner(Protocol):
@@ -113,6 +63,7 @@ class ModelRunner:
         self.sampler = sampler
         self._backend = backend
         self._batch = batch
+        self._inputs = Inputs(batch, backend)
         self._block_size = backend.cache.block_size
         self._device = backend.cache.keys[0].device
 
@@ -142,8 +93,8 @@ class ModelRunner:
     def forward(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor]:
         """Hidden states of all their rows, in order, and the numbers of the rows behind which a
         token is sampled."""
-        token_ids, last, metadata = self._inputs(scheduled)
-        return self.model(token_ids, self._backend.bind(metadata)), last
+        inputs = self._inputs.of(scheduled)
+        return self.model(inputs.token_ids, inputs.attention), inputs.last
 
     def scores(
         self, scheduled: Sequence[ScheduledRequest], hidden: Tensor
@@ -184,39 +135,6 @@ class ModelRunner:
             with torch.inference_mode():
                 attention = self._backend.bind(AttentionMetadata(*where))
                 self.model.logits(self.model(token_ids, attention))
-
-    def _inputs(
-        self, scheduled: Sequence[ScheduledRequest]
-    ) -> tuple[Tensor, Tensor, AttentionMetadata]:
-        known: list[int] = []
-        for item in scheduled:
-            known += item.request.token_ids[item.start : item.start + item.num_tokens]
-        rows = np.array([self._batch.row(item.request) for item in scheduled])
-        starts = np.array([item.position for item in scheduled])
-        counts = np.array([item.num_tokens for item in scheduled])
-        query_start = np.zeros(len(scheduled) + 1, np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        num_rows = int(query_start[-1])
-        positions = np.arange(num_rows) + np.repeat(starts - query_start[:-1], counts)
-        blocks = self._batch.block_tables[np.repeat(rows, counts), positions // self._block_size]
-        slots = blocks.astype(np.int64) * self._block_size + positions % self._block_size
-        widest = int(self._batch.num_blocks[rows].max())
-        sampling = [at + 1 for at, item in enumerate(scheduled) if item.samples]
-        token_ids, last, *where = upload(
-            [
-                np.array(known, np.int64),
-                query_start[sampling].astype(np.int64) - 1,
-                query_start,
-                positions.astype(np.int32),
-                slots,
-                self._batch.block_tables[rows, :widest],
-                self._batch.bases[rows, :widest],
-                self._batch.num_blocks[rows],
-                self._batch.profiles[rows],
-            ],
-            self._device,
-        )
-        return token_ids, last, AttentionMetadata(*where)
 
 
 def _targets(item: ScheduledRequest, most: int) -> Iterator[tuple[int, list[int]]]:

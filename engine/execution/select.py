@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import cast
 
-from engine.execution.runner import InputBatch, ModelRunner, Runner
+from engine.execution.inputs import InputBatch
+from engine.execution.runner import ModelRunner, Runner
 from engine.execution.sampler import Sampler
 from engine.model.attention.base import AttentionBackend
 from engine.model.gpt2 import GPT2

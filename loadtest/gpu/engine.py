@@ -15,7 +15,8 @@ from engine.config import ModelConfig, SchedulerConfig
 from engine.execution.cuda_graphs import DecodeGraphs, DecodeState, DecodeStep, Recorder
 from engine.execution.device_sampler import DeviceSampler
 from engine.execution.graph_runner import GraphRunner
-from engine.execution.runner import InputBatch, ModelRunner, Runner
+from engine.execution.inputs import InputBatch
+from engine.execution.runner import ModelRunner, Runner
 from engine.execution.sampler import Sampler
 from engine.messages import EngineOutput
 from engine.model.attention.base import KVCache

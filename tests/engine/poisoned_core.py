@@ -10,7 +10,8 @@ import signal
 import sys
 
 from engine import core
-from engine.execution.runner import InputBatch, ModelRunner, Runner
+from engine.execution.inputs import InputBatch
+from engine.execution.runner import ModelRunner, Runner
 from engine.execution.sampler import Sampler
 from engine.messages import EngineOutput, SchedulerOutput, StepResult
 from engine.model.attention.base import AttentionBackend

@@ -78,7 +78,7 @@ async def test_models(served: Served) -> None:
 
 
 async def test_a_models_length_is_that_of_its_own_rotation(starting: Served) -> None:
-    stretched = msgspec.structs.replace(READY, rope=RopeScaling("ntk", 4.0))
+    stretched = msgspec.structs.replace(READY, rope=RopeScaling(type="ntk", factor=4.0))
     await starting.fake.expect(Hello)
     await starting.fake.welcome(stretched)
     async with client_of(starting) as client, asyncio.timeout(PATIENCE):
