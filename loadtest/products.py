@@ -56,7 +56,7 @@ class WeightOnly(nn.Module):
 
 
 def ways_of(linears: Sequence[nn.Linear], *, compiles: bool) -> dict[str, Way]:
-    """The products by each way; of bfloat16, but those of int8. `kernel` reads 12 bits of each."""
+    """The products by each way. `kernel` reads bfloat16 from 12 bits, `kernel_16_bits` from 16."""
     memory = WeightMemory()
     packed = [PackedProduct(linear, None) for linear in linears]
     ways: dict[str, Way] = {

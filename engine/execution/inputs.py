@@ -29,7 +29,7 @@ class InputBatch:
         self.bases: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_blocks: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
         self.profiles: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
-        self.changes = 0  # of any of these
+        self.changes = 0  # how often any of these has
         self._dropped: NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
         self._rows: dict[str, int] = {}
         self._free = list(range(max_num_seqs))
@@ -78,21 +78,21 @@ class StepInputs(NamedTuple):
 
 
 class Inputs:
-    """Makes the inputs of steps; while the same requests decode on a CPU, only writes them anew."""
+    """Makes the inputs of steps; while the same rows decode, only writes them anew."""
 
     def __init__(self, batch: InputBatch, backend: AttentionBackend) -> None:
         self._batch = batch
         self._backend = backend
         self._block_size = backend.cache.block_size
         self._device = backend.cache.keys[0].device
+        self._in_place = backend.reads_each_call
         self._decode: DecodeInputs | None = None
 
     def of(self, scheduled: Sequence[ScheduledRequest]) -> StepInputs:
-        """Of a step, until the next one's are made."""
+        """What the network is given for a step; the next call may write over it."""
         rows = [self._batch.row(item.request) for item in scheduled]
-        if self._device.type != "cpu" or not all(
-            item.num_tokens == 1 and item.samples for item in scheduled
-        ):
+        decodes = all(item.num_tokens == 1 and item.samples for item in scheduled)
+        if not self._in_place or not decodes:
             return self._gathered(scheduled, np.array(rows))
         if self._decode is None or not self._decode.serves(rows):
             self._decode = DecodeInputs(rows, self._batch, self._backend)
@@ -132,9 +132,10 @@ class Inputs:
 
 
 class DecodeInputs:
-    """Inputs of steps that have one row of each of the same requests, changed in place.
+    """Inputs of steps that compute one token in each of the same rows of the batch, changed in
+    place. The requests in those rows may change.
 
-    For a CPU: nothing reads those of a step any more when the next one's are written.
+    For a backend that reads them at every call, and has read them all when a step has ended.
     """
 
     SPARE_BLOCKS = 8
@@ -149,7 +150,7 @@ class DecodeInputs:
         count = len(rows)
         width = int(batch.num_blocks[rows].max()) + self.SPARE_BLOCKS
         self._width = min(width, batch.block_tables.shape[1])
-        self._each = np.arange(count)
+        self._lines = np.arange(count)  # of the tables, to choose one page of each
         self._token_ids: NDArray[np.int64] = np.empty(count, np.int64)
         self._positions: NDArray[np.int32] = np.empty(count, np.int32)
         self._slots: NDArray[np.int64] = np.empty(count, np.int64)
@@ -172,16 +173,16 @@ class DecodeInputs:
         )
 
     def serves(self, rows: list[int]) -> bool:
-        """Whether these are its rows, and their tables fit."""
+        """Whether these are its rows and their tables fit; if so, takes in what has changed."""
         if rows != self._rows:
             return False
         if self._changes != self._batch.changes:
-            np.take(self._batch.num_blocks, self._index, out=self._counts)
+            self._counts[:] = self._batch.num_blocks[self._index]
             if self._counts.max() > self._width:
                 return False
             self._tables[:] = self._batch.block_tables[self._index, : self._width]
             self._bases[:] = self._batch.bases[self._index, : self._width]
-            np.take(self._batch.profiles, self._index, out=self._profiles)
+            self._profiles[:] = self._batch.profiles[self._index]
             self._changes = self._batch.changes
         return True
 
@@ -191,7 +192,7 @@ class DecodeInputs:
         self._positions[:] = [item.position for item in scheduled]
         blocks, offsets = np.divmod(self._positions, self._block_size)
         np.multiply(
-            self._tables[self._each, blocks], self._block_size, out=self._slots, dtype=np.int64
+            self._tables[self._lines, blocks], self._block_size, out=self._slots, dtype=np.int64
         )
         self._slots += offsets
         return self._inputs

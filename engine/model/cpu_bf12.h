@@ -7,15 +7,15 @@
 // Huffman's method, for GPUs; codes of one length are undone by one shuffle of bytes.)
 //
 // A step of a panel is PANEL words, in quads. A quad is four vectors of words in three of bytes: the
-// lower bytes of the first two vectors, those of the last two, and the codes, of the first two in
-// the lower halves of its bytes and of the last two in the upper ones. Bytes stand so that
+// lower bytes of the first two vectors, those of the last two, and the codes: those of the first two
+// in the lower 4 bits of each byte, those of the last two in the upper 4. Bytes stand so that
 // interleaving them within every 128 bits, as AVX2 and AVX512-BW do, gives words in order.
 
 #pragma once
 
 #include "cpu_panel.h"
 
-// A word that has no codes.
+// A word with an upper byte that has no code.
 struct RopewayPatch {
     uint32_t place;  // step * PANEL + output within the panel
     uint32_t word;   // two bfloat16, of consecutive in_features
@@ -29,13 +29,13 @@ struct BF12 {
     static constexpr int QUAD = 3 * PAIR;           // bytes of four vectors
     static constexpr int STEP = PANEL * 4 * 3 / 4;  // bytes of a step
 
-    // Where in a step the lower byte stands of a word's lower or upper half.
+    // Where in a step the lower byte of a word's first (half 0) or second number stands.
     static int lower_byte(int output, int half) {
         const int vector = output / LANES, lane = output % LANES;
         return vector / 4 * QUAD + vector / 2 % 2 * PAIR + lane / 4 * 16 + vector % 2 * 8 +
                lane % 4 * 2 + half;
     }
-    // The byte that its code is in, and how far up.
+    // The byte that holds that number's code, and how far up in it.
     static int code_byte(int output, int half) {
         return lower_byte(output, half) + (2 - output / LANES / 2 % 2) * PAIR;
     }
@@ -99,7 +99,7 @@ struct BF12Panel {
         static_assert(VECTORS % 2 == 0, "two vectors share their bytes");
         const uint8_t *const from = bytes + int64_t(step) * BF12::STEP;
         for (int v = 0; v < VECTORS; v += 2) {
-            const int pair = VECTORS % 4 ? first / 2 % 2 : v / 2 % 2;  // a constant for whole quads
+            const int pair = VECTORS % 4 ? first / 2 % 2 : v / 2 % 2;  // whole quads: known when compiled
             const uint8_t *const quad = from + (first + v) / 4 * BF12::QUAD;
             WideByteVec lower;
             ShortVec codes;
@@ -125,7 +125,7 @@ struct BF12Panel {
     }
 
     template <int VECTORS>
-    void ask_for(int step) const {  // what whole quads take
+    void ask_for(int step) const {  // whole quads: only one row asks, and it reads those
         const uint8_t *const from = bytes + int64_t(step) * BF12::STEP + first / 4 * BF12::QUAD;
         for (int i = 0; i < VECTORS / 4 * BF12::QUAD; i += 64) __builtin_prefetch(from + i, 0, 3);
     }

@@ -6,11 +6,12 @@
 
 namespace {
 
-// WIDTH: numbers in a word. ROWS: so many have their sums in registers at once.
+// WIDTH: numbers in a word. ROWS: so many have their sums in registers at once. IN_12_BITS: whether
+// a weight may be held so (cpu_bf12.h).
 
 struct Float32 {
     typedef Vec Sum;
-    static constexpr bool IN_12_BITS = false;  // it may be held so (cpu_bf12.h)
+    static constexpr bool IN_12_BITS = false;
     static constexpr int WIDTH = 1;
     static constexpr int ROWS = REGISTERS == 32 ? 6 : 4;
     static Sum dot(Sum sum, BitVec weight, uint32_t x) {

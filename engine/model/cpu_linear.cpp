@@ -198,7 +198,7 @@ inline void finish(const RopewayLinear &layer, const Rows &rows, int row, int co
 }
 
 // ROWS rows by VECTORS vectors of a panel's outputs. A single row waits for memory: it asks early.
-// Not inline: among its callers the compiler would lack registers for the sums.
+// Not inline: inside its callers the compiler does not keep all sums in registers.
 template <class Format, int ROWS, int VECTORS, class Panel>
 __attribute__((noinline)) void multiply(const RopewayLinear &layer, const Rows &rows, int row,
                                         Panel panel, int column) {
@@ -211,7 +211,7 @@ __attribute__((noinline)) void multiply(const RopewayLinear &layer, const Rows &
             for (int v = 0; v < VECTORS; ++v)
                 sum[r][v] = Format::dot(sum[r][v], weight[v], x[r * stride + step]);
     };
-    for (int s = 0; s < steps; ++s) {
+    for (int s = 0; s < steps; ++s) {  // steps up to the next patch, without a branch; then that one
         BitVec weight[VECTORS];
         for (const int end = panel.next_patch(steps); s < end; ++s) {
             panel.template read<VECTORS>(s, weight);
@@ -228,7 +228,8 @@ __attribute__((noinline)) void multiply(const RopewayLinear &layer, const Rows &
             finish(layer, rows, row + r, column + v * LANES, sum[r][v]);
 }
 
-// As many rows at once as registers hold, then what is left over. panel(vector): read from there.
+// As many rows at once as registers hold, then what is left over. panel(v): a reader of the panel
+// from vector v on.
 template <class Format, int ROWS, class MakePanel>
 inline void multiply_rows(const RopewayLinear &layer, const Rows &rows, int row, int end,
                           MakePanel panel, int column) {
@@ -245,10 +246,12 @@ template <class Format>
 inline void multiply_panel(const RopewayLinear &layer, const Rows &rows, int row, int end,
                            int64_t panel) {
     const int column = int(panel) * PANEL;
-    const auto coded = [&](int vector) { return BF12Panel(bf12(layer), panel, vector); };
     if constexpr (Format::IN_12_BITS)
-        if (layer.codes)
+        if (layer.codes) {
+            const BF12Weight weight = bf12(layer);
+            const auto coded = [&](int vector) { return BF12Panel(weight, panel, vector); };
             return multiply_rows<Format, Format::ROWS>(layer, rows, row, end, coded, column);
+        }
     const uint32_t *const words = (const uint32_t *)layer.weight + panel * rows.steps * PANEL;
     const auto whole = [=](int vector) { return WordPanel{words, vector}; };
     multiply_rows<Format, Format::ROWS>(layer, rows, row, end, whole, column);
@@ -372,7 +375,7 @@ extern "C" int NAMED(ropeway_bf12_codes_, VARIANT)(const uint16_t *weight, uint8
     return 0;
 }
 
-// And then the rest of BF12Weight.
+// Then the rest of BF12Weight: bytes [panels, steps, BF12::STEP], patches [patch_begins[panels]].
 extern "C" int NAMED(ropeway_bf12_write_, VARIANT)(const uint16_t *weight, const uint8_t *codes,
                                                    const int64_t *patch_begins, uint8_t *bytes,
                                                    RopewayPatch *patches, int32_t outputs,

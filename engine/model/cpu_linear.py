@@ -24,6 +24,9 @@ PANEL = 64
 MAX_INT8_FEATURES = 2**31 // (255 * 127) - 1
 """Beyond so many in_features a sum of int8 products might not fit into 32 bits."""
 
+CODES = 16
+"""Of a panel; BF12::CODES of cpu_bf12.h."""
+
 WORDS_PER_PATCH = 256
 """bfloat16 is held in 12 bits where at most one word of so many needs a patch. Trained weights: one
 of 2,700 to 12,000; with one of 128, products of 8 rows and more would be slower for it."""
@@ -73,7 +76,7 @@ class WeightMemory:
         self._used = 0
 
     def take(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes], all zero. What is not used of a chunk costs nothing."""
+        """uint8 [num_bytes]. What is not used of a chunk costs nothing."""
         size = -(-num_bytes // 64) * 64  # the next one begins at a cache line
         if self._chunk is None or self._used + size > len(self._chunk):
             # Private: shared memory gets no such pages, unless an administrator says so.
@@ -128,14 +131,14 @@ class BF12Weight(NamedTuple):
         sizes = (outputs, inputs, torch.get_num_threads())
         types: list[type] = [*[ctypes.c_void_p] * 3, *[ctypes.c_int32] * 3]
         _, find_codes = load_kernel("linear", types, variant, "bf12_codes")
-        codes = torch.empty(panels, 16, dtype=torch.uint8)
+        codes = torch.empty(panels, CODES, dtype=torch.uint8)
         begins = torch.empty(panels + 1, dtype=torch.int64)
         find_codes(weight.data_ptr(), codes.data_ptr(), begins.data_ptr(), *sizes)
         num_patches = int(begins[-1])
         if num_patches * WORDS_PER_PATCH > panels * words:
             return None
         patches = torch.empty(num_patches, dtype=torch.int64)
-        place = memory.take(panels * words * 3)
+        place = memory.take(panels * words * 3)  # bytes of a word
         types = [*[ctypes.c_void_p] * 5, *[ctypes.c_int32] * 3]
         _, write = load_kernel("linear", types, variant, "bf12_write")
         write(*(each.data_ptr() for each in (weight, codes, begins, place, patches)), *sizes)

@@ -9,18 +9,22 @@ namespace {
 constexpr int PANEL = 64;  // outputs whose weights stand together
 constexpr int PANEL_VECTORS = PANEL / LANES;
 
-// A panel of words, from vector `first` on.
+// What a product asks of a reader of a panel, of VECTORS vectors of a step at a time: next_patch, the
+// next step that has patches, or num_steps; read, a step without; read_patched, one with, in rising
+// order; ask_for, to have a step brought nearer.
+
+// Of words, from vector `first` on.
 struct WordPanel {
     const uint32_t *const words;  // [steps, PANEL]
     const int first;
 
-    int next_patch(int num_steps) const { return num_steps; }  // words are whole
+    int next_patch(int num_steps) const { return num_steps; }
     template <int VECTORS>
     void read(int step, BitVec *to) const {
         for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(to + v, at(step) + v * LANES, sizeof *to);
     }
     template <int VECTORS>
-    void read_patched(int, BitVec *) {}
+    void read_patched(int, BitVec *) {}  // never called
     template <int VECTORS>
     void ask_for(int step) const {
         for (int i = 0; i < VECTORS * LANES; i += 16) __builtin_prefetch(at(step) + i, 0, 3);

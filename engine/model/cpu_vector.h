@@ -169,8 +169,8 @@ inline IntVec multiply_pairs(ShortVec a, ShortVec b) {
 }
 #endif
 
-// Bytes: those of a table of 16, once in every 128 bits, that indices below 16 name; and those of two
-// vectors in turns, from the first or the last half of every 128 bits.
+// look_up: a byte for each index below 16, from a table that stands once in every 128 bits.
+// interleave_first, _last: a0 b0 a1 b1 ... of the first, or the last, 8 bytes of every 128 bits.
 #if defined(__AVX512BW__)
 inline WideByteVec look_up(WideByteVec table, WideByteVec indices) {
     return (WideByteVec)_mm512_shuffle_epi8((__m512i)table, (__m512i)indices);

@@ -25,9 +25,7 @@ PIECES = st.one_of(
     st.integers(1, 40).map(" ".__mul__),
 )
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
-RELAXED = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+RELAXED = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def shipped(package: str, name: str) -> Path:

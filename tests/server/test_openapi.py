@@ -98,7 +98,6 @@ def test_answers_are_the_documented_ones(
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
         max_examples=EXAMPLES if operation.method.upper() == "POST" else 3,
-        deadline=None,
         derandomize=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -420,7 +420,7 @@ async def test_two_rotations_and_their_perplexity(page: Page, served: Served) ->
     await expect(page.locator("#chart .mark")).to_have_count(1)  # where the answer begins
 
 
-async def test_the_trained_context_is_marked_where_it_is_passed(page: Page, served: Served) -> None:
+async def test_the_models_context_is_marked_where_it_is_passed(page: Page, served: Served) -> None:
     await page.get_by_label("Compare two rotations").check()
     await page.get_by_label("rope.type").first.select_option("linear")
     await page.get_by_label("factor").first.fill("2")

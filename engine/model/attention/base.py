@@ -141,6 +141,9 @@ class AttentionBackend(ABC):
     """
 
     name: str
+    reads_each_call = False
+    """Whether what bind returns reads the metadata at every call, so that they may change between
+    steps."""
 
     def __init__(self, config: ModelConfig, profiles: ProfileTables, cache: KVCache) -> None:
         """profiles: rows that a step names must have been put."""

@@ -82,6 +82,8 @@ class _Step(ctypes.Structure):
 class CPUBackend(AttentionBackend):
     """The compiled kernel. Runs on torch.get_num_threads() threads; their number changes no bit."""
 
+    reads_each_call = True
+
     def __init__(
         self,
         config: ModelConfig,

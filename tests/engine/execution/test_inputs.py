@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from engine import core
 from engine.config import SchedulerConfig
 from engine.execution import inputs
 from engine.execution.inputs import DecodeInputs, InputBatch, Inputs, StepInputs
 from engine.messages import AddRequest, ScheduledRequest
 from engine.model.attention.base import AttentionBackend, AttentionMetadata
 from engine.model.attention.cpu import KernelStep
+from engine.model.attention.plain import TorchBackend
 from engine.params import SamplingParams
 from engine.scaling import RopeScaling
 from tests.lives import Lives, drive, plain_engine
@@ -100,3 +102,23 @@ def test_a_row_may_go_to_another_rotation(tiny_model_dir: Path, watched: Watched
     engine = plain_engine(tiny_model_dir, 60, SchedulerConfig(max_num_seqs=1))
     drive(engine, {0: [one], 40: [other]}, {})
     assert (watched.steps, watched.made) == (60, 1)
+
+
+def test_torchs_attention_is_bound_anew_for_every_step(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "select_backend", TorchBackend)
+    lives = Lives.drawn(0)
+
+    def tokens() -> dict[str, list[int | None]]:
+        engine = plain_engine(tiny_model_dir, lives.pages, lives.config)
+        outputs = drive(engine, lives.arrivals, lives.aborts)
+        return {name: [each.token_id for each in given] for name, given in outputs.items()}
+
+    def gathered(self: Inputs, scheduled: Sequence[ScheduledRequest]) -> StepInputs:
+        rows = np.array([self._batch.row(item.request) for item in scheduled])
+        return self._gathered(scheduled, rows)
+
+    given = tokens()
+    monkeypatch.setattr(Inputs, "of", gathered)
+    assert given == tokens()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.model.rope import RotaryTable, inverse_frequencies, rotate
@@ -32,7 +32,6 @@ def test_table_is_rounded_once() -> None:
             assert abs(float(table.cos[row, i]) - exact) <= 6e-8
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     a=st.integers(0, 500_000),
@@ -46,7 +45,6 @@ def test_rotations_compose_and_keep_norms(seed: int, a: int, b: int) -> None:
     assert torch.equal(turned[:, ROTARY:], x[:, ROTARY:])
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     position=st.integers(0, 999_999),

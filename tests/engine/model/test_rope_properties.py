@@ -66,7 +66,7 @@ def turned64(profile: RopeProfile, x: torch.Tensor, position: int) -> torch.Tens
 
 
 @profiles
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=seeds, distance=far)
 def test_norms(profile: RopeProfile, seed: int, distance: int) -> None:
     """Every pair keeps its length, times what xPos or an attention factor asks for."""
@@ -84,7 +84,7 @@ def test_norms(profile: RopeProfile, seed: int, distance: int) -> None:
 
 
 @profiles
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=seeds, a=st.integers(0, 500_000), b=st.integers(0, 500_000))
 def test_turns_compose(profile: RopeProfile, seed: int, a: int, b: int) -> None:
     """R(a) R(b) = R(a + b), magnitudes included."""
@@ -99,7 +99,7 @@ def test_turns_compose(profile: RopeProfile, seed: int, a: int, b: int) -> None:
 
 
 @profiles
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=seeds, distance=far, offset=offsets, other=offsets)
 def test_scores_depend_on_the_distance_only(
     profile: RopeProfile, seed: int, distance: int, offset: int, other: int
@@ -111,7 +111,7 @@ def test_scores_depend_on_the_distance_only(
 
 
 @profiles
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=seeds, position=far, distance=far, offset=offsets)
 def test_page_relative_scores(
     profile: RopeProfile, seed: int, position: int, distance: int, offset: int

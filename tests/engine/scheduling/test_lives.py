@@ -336,4 +336,4 @@ def what(request: Request, index: int) -> object:
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestLives.settings = settings(max_examples=80, stateful_step_count=50)

@@ -136,7 +136,7 @@ def check_invariants(scheduler: Scheduler, alive: dict[str, Request], block_size
         assert each.num_computed_tokens <= len(each.block_table) * block_size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.integers(6, 20),

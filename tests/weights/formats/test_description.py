@@ -113,7 +113,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 @given(changes=st.dictionaries(st.sampled_from(KEYS), scalars))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_settings_are_described_or_refused(small: Source, changes: dict[str, Any]) -> None:
     with suppress(CheckpointError):
         describe(replace(small, settings=small.settings | changes))

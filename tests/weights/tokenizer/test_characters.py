@@ -53,7 +53,7 @@ def test_alphabets_that_cannot_be(tmp_path: Path, content: Any, message: str) ->
 
 
 @given(content=st.binary(max_size=64))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_pickle(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "meta.pkl"
     path.write_bytes(content)

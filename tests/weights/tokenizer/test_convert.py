@@ -32,9 +32,7 @@ from weights.inspect import sample_text
 from weights.tokenizer.bpe import train_tokenizer
 from weights.tokenizer.convert import convert_tokenizer
 
-RELAXED = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+RELAXED = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def trained(special: bool = True) -> Tokenizer:
@@ -62,7 +60,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Ours]:
 
 
 @given(text=st.text())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_tokenizer_json_on_any_text(pair: tuple[Tokenizer, Ours], text: str) -> None:
     theirs, ours = pair
     assert ours.encode(text) == theirs.encode(text).ids

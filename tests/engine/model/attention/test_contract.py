@@ -95,7 +95,6 @@ def plans(draw: st.DrawFn) -> list[list[Chunk]]:
 
 @settings(
     max_examples=8,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
