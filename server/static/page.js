@@ -5,6 +5,7 @@ import { plot } from "./plot.js";
 import { hideTip, tokenElement } from "./tokens.js";
 
 const ALTERNATIVES = 5;
+const SHOWN_EVERY = 60; // milliseconds
 const NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$/; // as JSON has it
 
 const $ = (id) => document.getElementById(id);
@@ -126,6 +127,7 @@ class Run {
     this.rope = this.rotation.json ? [["rope", this.rotation.json]] : [];
     this.body = object([...fields, ...this.rope]);
     this.tokens = []; // data of the events, of all choices
+    this.unseen = []; // those that are not on the page yet
     this.scored = []; // log-probabilities of the prompt's tokens, from the second on
     this.note = ""; // why there are none
     this.reasons = []; // why each choice ended, where there are several
@@ -167,6 +169,7 @@ class Run {
       this.say(signal.aborted ? `stopped after ${this.tokens.length} tokens` : "");
       if (!signal.aborted) this.fail(error);
     } finally {
+      this.show();
       for (const output of this.outputs) output.removeAttribute("aria-busy");
     }
   }
@@ -213,10 +216,19 @@ class Run {
       this.say("generating");
       this.figure("first", `${(now - asked).toFixed(0)} ms`);
     }
-    for (const [choice, some] of Map.groupBy(tokens, (token) => token.choice ?? 0)) this.append(choice, some);
+    this.lastAt = now;
     this.tokens.push(...tokens);
+    this.unseen.push(...tokens);
+    showSoon();
+  }
+
+  /** Show what has come. */
+  show() {
+    if (this.unseen.length === 0) return;
+    for (const [choice, some] of Map.groupBy(this.unseen, (token) => token.choice ?? 0)) this.append(choice, some);
+    this.unseen = [];
     this.figure("completion", this.tokens.length);
-    const seconds = (now - this.firstAt) / 1000;
+    const seconds = (this.lastAt - this.firstAt) / 1000;
     if (seconds > 0) this.figure("speed", ((this.tokens.length - 1) / seconds).toFixed(0));
     redraw();
   }
@@ -260,6 +272,16 @@ class Run {
     $("settings").open ||= $("settings").contains(field);
     field.focus();
   }
+}
+
+let due = 0;
+/** Show what comes of all answers some times a second: each time lays out the whole text anew, on the cores that the server
+ *  may be running on. */
+function showSoon() {
+  due ||= setTimeout(() => {
+    due = 0;
+    for (const run of runs) run.show();
+  }, SHOWN_EVERY);
 }
 
 function code(text) {
