@@ -46,13 +46,11 @@ class InputBatch:
         row = self._rows.get(request.request_id)
         if row is None:
             row = self._rows[request.request_id] = self._free.pop()
-            self.num_blocks[row] = 0
-            self.changes += 1
+            self.num_blocks[row] = 0  # written anew below, and so counted
             self.profiles[row] = request.profile
         if self._dropped[row] != request.num_dropped_blocks:
             self._dropped[row] = request.num_dropped_blocks
             self.num_blocks[row] = 0
-            self.changes += 1
         known, total = self.num_blocks[row], len(request.block_table)
         if known < total:
             if total > self.block_tables.shape[1]:

@@ -99,7 +99,8 @@ struct BF12Panel {
         static_assert(VECTORS % 2 == 0, "two vectors share their bytes");
         const uint8_t *const from = bytes + int64_t(step) * BF12::STEP;
         for (int v = 0; v < VECTORS; v += 2) {
-            const int pair = VECTORS % 4 ? first / 2 % 2 : v / 2 % 2;  // whole quads: known when compiled
+            // Of whole quads it is known when this is compiled.
+            const int pair = VECTORS % 4 ? first / 2 % 2 : v / 2 % 2;
             const uint8_t *const quad = from + (first + v) / 4 * BF12::QUAD;
             WideByteVec lower;
             ShortVec codes;

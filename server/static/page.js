@@ -275,8 +275,8 @@ class Run {
 }
 
 let due = 0;
-/** Show what comes of all answers some times a second: each time lays out the whole text anew, on the cores that the server
- *  may be running on. */
+/** Show what comes of all answers some times a second: each time lays out the whole text anew, maybe on
+ *  the server's cores. */
 function showSoon() {
   due ||= setTimeout(() => {
     due = 0;
